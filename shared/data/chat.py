@@ -1,0 +1,342 @@
+"""Chats as text: templates, and which characters of the rendered text are learnt.
+
+What the assistant says is found in three ways, the first that is exact: by the template's own `{% generation %}` marks;
+by the strings that the template writes before and after every assistant turn, learnt once from a made-up chat and
+matched against the row's own contents; by rendering the chat up to the turn, which must be how the whole chat begins.
+A row where none holds is an error: nothing is ever masked by guesswork.
+
+Deliberately not here: tokens and images. A collator shifts the characters to where its processor moves them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os.path
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shared.data.schema import Conversation
+from shared.errors import DataError, UserError
+
+LOSS_ON = ("assistant", "completion", "all")
+
+Span = tuple[int, int]
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A chat as text.
+
+    Attributes:
+        text: what the template writes.
+        spans: the `(start, end)` characters of it that are learnt, in order and without overlap.
+
+    Example:
+        `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n` with the span of `Hello<|im_end|>`.
+    """
+
+    text: str
+    spans: list[Span]
+
+
+def render(
+    owner: Any,
+    conversation: Conversation,
+    *,
+    loss_on: str = "assistant",
+    add_generation_prompt: bool = False,
+    template_kwargs: dict[str, Any] | None = None,
+) -> Rendered:
+    """Write a conversation with its template and say which characters are learnt.
+
+    A template that closes no turn (LLaVA 1.5's) gets the tokenizer's end-of-sequence token after the last answer: without
+    one the model would never learn to stop.
+
+    Args:
+        owner: the processor or tokenizer that has the template.
+        conversation: the row. Its extras `tools` and `chat_template_kwargs` are given to the template.
+        loss_on: `assistant`: what the assistant says, each turn with the token that ends it (in prompt-completion rows
+            those of the completion alone); `completion`: all that follows the prompt; `all`: everything.
+        add_generation_prompt: end with the header of an assistant turn; then nothing is learnt.
+        template_kwargs: more variables for the template.
+
+    Raises:
+        UserError: no template, or an unknown `loss_on`.
+        DataError: the template refuses the row, or what is learnt cannot be told exactly; names the row.
+    """
+    if loss_on not in LOSS_ON:
+        raise UserError(f"loss_on is {loss_on!r}, allowed: {', '.join(LOSS_ON)}")
+    extras = conversation.extras
+    variables = {**(template_kwargs or {}), **(extras.get("chat_template_kwargs") or {})}
+    chat = _Chat(_template(owner, variables), conversation, extras.get("tools"))
+    if add_generation_prompt:
+        return Rendered(chat.write(generation=True), [])
+    return chat.learnt(loss_on)
+
+
+def has_template(owner: Any) -> bool:
+    """Whether a processor or tokenizer has a chat template."""
+    return bool(getattr(owner, "chat_template", None))
+
+
+def token_ranges(offsets: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
+    """Ranges `[first, last)` of the tokens that overlap the character spans.
+
+    Args:
+        offsets: `(start, end)` characters of each real token, in order; padding left out.
+        spans: character spans.
+    """
+    return [
+        (bisect_right(offsets, start, key=_end), bisect_left(offsets, end, key=_start)) for start, end in spans
+    ]
+
+
+def token_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+    """1 for each token that overlaps one of the character spans, 0 for the others."""
+    mask = [0] * len(offsets)
+    for first, last in token_ranges(offsets, spans):
+        mask[first:last] = [1] * (last - first)
+    return mask
+
+
+def _start(offset: Span) -> int:
+    return offset[0]
+
+
+def _end(offset: Span) -> int:
+    return offset[1]
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A chat template with what it does around an assistant turn, learnt from a made-up chat.
+
+    Attributes:
+        typed: contents are lists of typed parts; otherwise strings.
+        marked: the template marks what the assistant says.
+        header: what stands before every assistant turn and nowhere else; "" where there is no such string.
+        leads: what may stand between header and content: an empty thinking block, a space.
+        footer: what ends an assistant turn in the middle of a chat.
+        last_footer: what ends the last turn of a chat.
+        closing: what has to be added after the last turn, where the template does not end it.
+    """
+
+    source: str
+    variables: dict[str, Any]
+    image_token: str
+    typed: bool = True
+    marked: bool = False
+    header: str = ""
+    leads: tuple[str, ...] = ("",)
+    footer: str = ""
+    last_footer: str = ""
+    closing: str = ""
+
+    def write(
+        self, messages: list[dict], *, generation: bool = False, marks: bool = False, tools: list | None = None
+    ) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not self.typed:
+            messages = [{**message, "content": self.flat(message)} for message in messages]
+        texts, indices = render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=self.source,
+            add_generation_prompt=generation,
+            return_assistant_tokens_mask=marks,
+            **self.variables,
+        )
+        return texts[0], [tuple(span) for span in indices[0]] if indices else []
+
+    def flat(self, message: dict) -> str:
+        parts = message["content"]
+        return "".join(part["text"] if part["type"] == "text" else self.image_token for part in parts)
+
+
+def _template(owner: Any, kwargs: dict[str, Any]) -> _Template:
+    source = getattr(owner, "chat_template", None)
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not source:
+        raise UserError(
+            f"The {type(owner).__name__} has no chat template, so a conversation cannot be written as text. Use the "
+            "instruction-tuned version of the model, or set `chat_template` to a Jinja template."
+        )
+    tokenizer = getattr(owner, "tokenizer", owner)
+    special = {**tokenizer.special_tokens_map, **kwargs}
+    image_token = getattr(owner, "image_token", None) or ""
+    return _learn(source, json.dumps(special, sort_keys=True, default=str), image_token, tokenizer.eos_token or "")
+
+
+@functools.lru_cache(maxsize=64)
+def _learn(source: str, variables: str, image_token: str, eos: str) -> _Template:
+    """Find out what a template does, from a made-up chat of two questions and answers."""
+    from jinja2 import TemplateError
+
+    template = _Template(source, json.loads(variables), image_token)
+    q1, a1, q2, a2 = words = ("Qzj1", "Azj1", "Qzj2", "Azj2")
+    roles = ("user", "assistant") * 2
+    chat = [{"role": r, "content": [{"type": "text", "text": w}]} for r, w in zip(roles, words, strict=True)]
+    try:
+        text, spans = template.write(chat, marks=bool(_MARK.search(source)))
+        typed = "'type'" not in text and all(text.count(word) == 1 for word in words)
+    except (TemplateError, TypeError):  # a template for strings, given a list
+        typed = False
+    template = replace(template, typed=typed)
+    try:
+        text, spans = template.write(chat, marks=bool(_MARK.search(source)))
+        closed, _ = template.write(chat[:1])
+        opened, _ = template.write(chat[:1], generation=True)
+    except (TemplateError, TypeError):
+        return template  # it refuses the made-up chat, so nothing is known about it: rows are rendered turn by turn
+    if [text.count(word) for word in words] != [1] * 4 or opened.count(q1) != 1 or closed.count(q1) != 1:
+        return template
+    turns = [text[text.index(q1) + 4 : text.index(a1)], text[text.index(q2) + 4 : text.index(a2)]]
+    after, after_prompt = closed[closed.index(q1) + 4 :], opened[opened.index(q1) + 4 :]
+    common = os.path.commonprefix([after_prompt, *turns])
+    header = common[len(after) :] if common.startswith(after) and len(common) > len(after) else common
+    between, tail = text[text.index(a1) + 4 : text.index(q2)], text[text.index(a2) + 4 :]
+    return replace(
+        template,
+        marked=bool(spans),
+        header=header if header.strip() else "",
+        leads=tuple(sorted({turn[len(common) :] for turn in turns} | {""}, key=len, reverse=True)),
+        footer=os.path.commonprefix([between, tail]).rstrip(),
+        last_footer=tail.rstrip(),
+        closing="" if tail.strip() else eos,
+    )
+
+
+class _Chat:
+    """One row on its way through its template."""
+
+    def __init__(self, template: _Template, conversation: Conversation, tools: list | None):
+        self.template = template
+        self.messages = conversation.messages
+        self.row = conversation.row
+        self.prompt_messages = conversation.prompt_messages
+        self.tools = tools
+        self.assistant = [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant"]
+
+    def write(self, stop: int | None = None, *, generation: bool = False) -> str:
+        return self._write(stop, generation=generation)[0]
+
+    def _write(self, stop: int | None = None, **options: Any) -> tuple[str, list[Span]]:
+        from jinja2 import TemplateError
+
+        try:
+            return self.template.write(self.messages[:stop], tools=self.tools, **options)
+        except (TemplateError, TypeError) as error:
+            raise DataError(f"row {self.row}: the chat template refuses the conversation: {error}") from error
+
+    def learnt(self, loss_on: str) -> Rendered:
+        marks = loss_on == "assistant" and self.template.marked
+        text, marked = self._write(marks=marks)
+        text_end = text.rstrip()
+        closed = bool(self.template.closing) and self.messages[-1]["role"] == "assistant"
+        if closed:
+            text = text_end = text_end + self.template.closing
+        end = len(text_end)
+        if loss_on == "all":
+            return Rendered(text, [(0, len(text))])
+        if loss_on == "completion":
+            return Rendered(text, [(self._prompt_end(text), end)])
+        first = self.prompt_messages or 0
+        turns = [i for i in self.assistant if i >= first]
+        if not turns:
+            raise DataError(f"row {self.row}: the conversation has no assistant turn: there is nothing to learn")
+        if marks:
+            skip = self._prompt_end(text) if any(i < first for i in self.assistant) else 0
+            spans = [self._widen(text, span) for span in marked if span[0] < span[1] and span[1] > skip]
+            if not spans:
+                raise DataError(f"row {self.row}: the chat template marks nothing of it as said by the assistant")
+        else:
+            spans = self._turns(text, turns)
+        if closed:
+            spans[-1] = (spans[-1][0], end)
+        return Rendered(text, spans)
+
+    def _prompt_end(self, text: str) -> int:
+        """Where the completion begins: after what the model is given when it is asked."""
+        if not self.prompt_messages:
+            raise DataError(f"row {self.row}: the loss is on the completion, but the row has no prompt and completion")
+        prompt = self.write(self.prompt_messages, generation=True)
+        if not text.startswith(prompt):
+            where = len(os.path.commonprefix([prompt, text]))
+            raise DataError(
+                f"row {self.row}: the prompt as the model is asked it is not how the whole row begins: the template "
+                f"writes {prompt[where : where + 40]!r} for the prompt alone and {text[where : where + 40]!r} with the "
+                "completion. Train on loss_on='assistant', or write the completion as the template ends its prompt."
+            )
+        return len(prompt)
+
+    def _widen(self, text: str, span: Span) -> Span:
+        """A marked span with the end of its turn and what the model itself writes before its content."""
+        start, end = span
+        template = self.template
+        for lead in template.leads:
+            if lead and template.header and text.endswith(template.header + lead, 0, start):
+                start -= len(lead)
+                break
+        for footer in (template.last_footer, template.footer):
+            if footer and text.startswith(footer, end):
+                end += len(footer)
+                break
+        return start, end
+
+    def _turns(self, text: str, turns: list[int]) -> list[Span]:
+        header = self.template.header
+        starts = _find_all(text, header) if header else []
+        by_header = len(starts) == len(self.assistant)  # otherwise someone wrote the header into a content
+        spans = []
+        for turn in turns:
+            span = None
+            if by_header:
+                span = self._match(text, turn, starts[self.assistant.index(turn)] + len(header))
+            spans.append(span or self._between_prefixes(text, turn))
+        return spans
+
+    def _match(self, text: str, turn: int, position: int) -> Span | None:
+        """The turn's span where header, content and end of turn follow each other letter by letter."""
+        message = self.messages[turn]
+        if set(message) > {"role", "content"}:
+            return None  # tool calls, thoughts: only the template knows how it writes them
+        template = self.template
+        said = template.flat(message)
+        last = turn == len(self.messages) - 1
+        footers = (template.last_footer, template.footer) if last else (template.footer,)
+        # Templates trim contents, and leave the thoughts of earlier turns out.
+        for content in dict.fromkeys((said, said.strip(), said.rpartition("</think>")[2].strip())):
+            for lead in template.leads:
+                if text.startswith(lead + content, position):
+                    end = position + len(lead) + len(content)
+                    for footer in footers:
+                        if text.startswith(footer, end):
+                            return position, end + len(footer)
+        return None
+
+    def _between_prefixes(self, text: str, turn: int) -> Span:
+        start = self.write(turn, generation=True) if turn else ""
+        end = self.write(turn + 1).rstrip()
+        if text.startswith(start) and text.startswith(end) and len(start) < len(end):
+            return len(start), len(end)
+        raise DataError(
+            f"row {self.row}: cannot tell exactly which part of the rendered text is message {turn} of the assistant: the "
+            "chat template writes it otherwise in the whole conversation than up to there. Use a template that marks it "
+            "with {% generation %}, or give the row as prompt and completion with loss_on='completion'."
+        )
+
+
+def _find_all(text: str, part: str) -> list[int]:
+    found, position = [], text.find(part)
+    while position >= 0:
+        found.append(position)
+        position = text.find(part, position + len(part))
+    return found

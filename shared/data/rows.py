@@ -1,0 +1,59 @@
+"""A data set as the trainers see it: rows that know their number, and the share of one process in an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+ROW = "__row__"  # the row's number in the data set as the user gave it, for messages
+PADDING = "__padding__"  # True on a row that only fills up a process's share: nothing of it is counted
+
+
+class Rows(Dataset):
+    """Map-style rows, as dicts with their own number under `ROW`.
+
+    Args:
+        dataset: a datasets.Dataset or any sequence of dicts.
+        kept: the row numbers to use, in order; all where None.
+    """
+
+    def __init__(self, dataset: Any, kept: Sequence[int] | None = None):
+        self.dataset = dataset
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.kept is None else len(self.kept)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = index if self.kept is None else int(self.kept[index])
+        return {**self.dataset[number], ROW: number}
+
+    def share(self, rank: int, processes: int) -> Share:
+        """The rows that one of several processes evaluates."""
+        return Share(self, rank, processes)
+
+
+class Share(Dataset):
+    """Every `processes`-th row from `rank` on, filled up with marked rows so that all processes have equally many.
+
+    Processes that shard a model must call it equally often; marked rows keep the sums exact.
+    """
+
+    def __init__(self, rows: Rows, rank: int, processes: int):
+        self.rows, self.rank, self.processes = rows, rank, processes
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.processes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        at = index * self.processes + self.rank
+        if at < len(self.rows):
+            return self.rows[at]
+        return {**self.rows[len(self.rows) - 1], PADDING: True}
+
+
+def with_row_numbers(stream: Any) -> Any:
+    """A datasets.IterableDataset whose rows know their number."""
+    return stream.map(lambda row, number: {**row, ROW: number}, with_indices=True)

@@ -1,0 +1,289 @@
+"""What a data set's columns mean, and whether its rows can be used.
+
+The columns are the field's: `text`, `messages`, `prompt` with `completion`, `chosen` and `rejected`, ...; a value is a
+string or a list of `{"role", "content"}`, a content a string or typed parts. Vision rows add `image` or `images`.
+
+Deliberately not here: finding and reading data sets (loading.py), templates, tokens and loss masks (chat.py). Nothing
+is downloaded, and importing this module imports neither torch nor PIL nor datasets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import islice
+from typing import Any
+
+from shared.data.conversation import Conversation, media, read_conversation, type_name
+from shared.data.images import decode_image, iterate_light, undecoded
+from shared.errors import DataError, UserError
+
+__all__ = [
+    "CheckReport",
+    "Conversation",
+    "Kind",
+    "check_rows",
+    "decode_image",
+    "detect_kind",
+    "require",
+    "to_conversation",
+    "undecoded",
+]
+
+STREAMED_ROWS_CHECKED = 100
+
+
+class Kind(StrEnum):
+    """What the rows of a data set are, by their columns."""
+
+    LANGUAGE_MODELING = "language modeling"
+    MESSAGES = "messages"
+    PROMPT_COMPLETION = "prompt-completion"
+    PROMPT_ONLY = "prompt-only"
+    PREFERENCE = "preference"
+    UNPAIRED = "unpaired preference"
+    STEPWISE = "stepwise"
+
+
+# The most specific set comes first: a preference data set often has a `messages` column too.
+_COLUMNS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    (Kind.PREFERENCE, ("chosen", "rejected")),
+    (Kind.STEPWISE, ("prompt", "completions", "labels")),
+    (Kind.UNPAIRED, ("prompt", "completion", "label")),
+    (Kind.PROMPT_COMPLETION, ("prompt", "completion")),
+    (Kind.MESSAGES, ("messages",)),
+    (Kind.MESSAGES, ("conversations",)),
+    (Kind.LANGUAGE_MODELING, ("text",)),
+    (Kind.PROMPT_ONLY, ("prompt",)),
+)
+_CHATS = (Kind.MESSAGES, Kind.PROMPT_COMPLETION, Kind.PROMPT_ONLY)
+
+
+def detect_kind(
+    columns: Iterable[str], first_row: Mapping[str, Any] | None = None, *, allowed: Collection[Kind] = tuple(Kind)
+) -> Kind:
+    """Tell what a data set is by its columns.
+
+    Args:
+        columns: the column names.
+        first_row: a row; when given, a `label` that is no truth value leaves prompt and completion what they are.
+        allowed: the kinds to choose from. GRPO, for one, takes any data with a prompt as prompt-only.
+
+    Raises:
+        DataError: naming the columns found, what the nearest allowed kind lacks, and the allowed sets.
+    """
+    names = list(columns)
+    found = set(names)
+    for kind, needed in _COLUMNS:
+        if kind not in allowed or not found.issuperset(needed):
+            continue
+        if kind is Kind.UNPAIRED and first_row is not None and not _is_truth(first_row.get("label")):
+            continue
+        return kind
+    options = [(kind, needed) for kind, needed in _COLUMNS if kind in allowed]
+    # Of sets that lack equally much, the larger is nearer: it shares more columns with what was given.
+    kind, nearest = max(options, key=lambda item: len(found.intersection(item[1])) / len(item[1]))
+    missing = [name for name in nearest if name not in found]
+    hint = f" Nearest is {kind}, which lacks {_join(missing)}." if 0 < len(missing) < len(nearest) else ""
+    raise DataError(f"The data set has the columns {_join(names)}.{hint} Allowed: {_describe(allowed)}.")
+
+
+def require(kind: Kind, allowed: Collection[Kind]) -> None:
+    """Raise DataError when `kind` is not one of the `allowed`, naming the columns that each of those needs."""
+    if kind not in allowed:
+        raise DataError(f"The data set is {kind} data. Allowed: {_describe(allowed)}.")
+
+
+def to_conversation(row: Mapping[str, Any], index: int, kind: Kind) -> Conversation:
+    """Read a row as a chat with typed parts, its images matched to their places.
+
+    A string prompt is a user turn, a string completion an assistant turn. Where a row has images and nothing says
+    where they go, they are put in front of the first user turn; `<image>` in the text of a row with images is a place.
+
+    Args:
+        row: the row, its images not decoded.
+        index: the row's number, for errors.
+        kind: MESSAGES, PROMPT_COMPLETION or PROMPT_ONLY.
+
+    Raises:
+        DataError: `row N: ...`, with the path of what is wrong and what is expected there.
+    """
+    if kind is Kind.PROMPT_COMPLETION and row.get("prompt") is None and row.get("messages") is not None:
+        kind = Kind.MESSAGES  # a row of a mixture of both kinds
+    if kind is Kind.MESSAGES:
+        return read_conversation(row, index, None, "messages" if row.get("messages") is not None else "conversations")
+    if kind is Kind.PROMPT_COMPLETION:
+        return read_conversation(row, index, "prompt", "completion")
+    if kind is Kind.PROMPT_ONLY:
+        return read_conversation(row, index, "prompt", None)
+    raise DataError(f"row {index}: {kind} data is not one conversation; a chat is read from {_describe(_CHATS)}")
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check_rows` found.
+
+    Attributes:
+        rows: how many rows were looked at.
+        kept: the numbers of the rows that can be used, for `dataset.select`; None when every row can, or in a stream.
+        bad: row number -> what is wrong with it.
+        images: how many images were decoded.
+        smallest: (width, height) of the decoded image with the fewest pixels; None without images.
+        largest: (width, height) of the one with the most.
+    """
+
+    rows: int
+    kept: list[int] | None = None
+    bad: dict[int, str] = field(default_factory=dict)
+    images: int = 0
+    smallest: tuple[int, int] | None = None
+    largest: tuple[int, int] | None = None
+
+    def summary(self, what: str, max_listed: int = 10) -> str:
+        """What was found, in a line; rows that are left out are counted and listed below it."""
+        used = self.rows - len(self.bad)
+        text = f"{what}: {used:,} rows" if self.kept is None and not self.bad else f"{what}: {used:,} of {self.rows:,} rows"
+        if self.images and self.smallest == self.largest:
+            text += f", images of {_size(self.smallest)}"
+        elif self.images:
+            text += f", images of {_size(self.smallest)} to {_size(self.largest)}"
+        if self.bad:
+            listed = [f"  row {row}: {reason}" for row, reason in list(self.bad.items())[:max_listed]]
+            more = [f"  and {len(self.bad) - max_listed:,} more"] if len(self.bad) > max_listed else []
+            text = "\n".join([f"{text}; {len(self.bad):,} left out:", *listed, *more])
+        return text
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def check_rows(
+    dataset: Any,
+    kind: Kind,
+    *,
+    on_bad_row: str = "error",
+    check_images: int = 0,
+    what: str = "train",
+    max_listed: int = 10,
+) -> CheckReport:
+    """Check the structure of every row, and decode the images of the first ones.
+
+    Args:
+        dataset: a `datasets.Dataset`, a list of rows, or a stream, of which the first 100 rows are checked.
+        kind: what the rows are, see `detect_kind`.
+        on_bad_row: "error" raises on any bad row; "skip" reports the rows that can be used.
+        check_images: in how many leading rows the images are decoded; the others are first decoded when they are used.
+        what: the name of the data, for errors.
+        max_listed: how many bad rows an error lists.
+
+    Raises:
+        DataError: no rows; bad rows with "error"; no row that can be used.
+        UserError: `on_bad_row` is neither.
+    """
+    if on_bad_row not in ("error", "skip"):
+        raise UserError(f"on_bad_row is {on_bad_row!r}; allowed: error, skip.")
+    dataset = undecoded(dataset)
+    streamed = not hasattr(dataset, "__len__")
+    if streamed:
+        dataset = list(islice(dataset, STREAMED_ROWS_CHECKED))
+    bad: dict[int, str] = {}
+    rows = 0
+    for rows, row in enumerate(iterate_light(dataset), start=1):
+        try:
+            _images_of(row, rows - 1, kind)
+        except DataError as error:
+            bad[rows - 1] = _reason(error)
+    if not rows:
+        raise DataError(f"The {what} data is empty: it has no rows.")
+    sizes = _decode_first(dataset, kind, min(check_images, rows), bad)
+    if bad and (on_bad_row == "error" or len(bad) == rows):
+        raise DataError(_summary(bad, rows, what, max_listed, skipping=on_bad_row == "skip"))
+    sizes.sort(key=lambda size: size[0] * size[1])
+    return CheckReport(
+        rows=rows,
+        kept=[index for index in range(rows) if index not in bad] if bad and not streamed else None,
+        bad=dict(sorted(bad.items())),
+        images=len(sizes),
+        smallest=sizes[0] if sizes else None,
+        largest=sizes[-1] if sizes else None,
+    )
+
+
+def _images_of(row: Mapping[str, Any], index: int, kind: Kind) -> list[Any]:
+    """Check one row's structure; returns its images, undecoded."""
+    if kind in _CHATS:
+        return to_conversation(row, index, kind).images
+    if kind is Kind.LANGUAGE_MODELING:
+        if not isinstance(row.get("text"), str) or not row["text"].strip():
+            found = "empty" if isinstance(row.get("text"), str) else type_name(row.get("text"))
+            raise DataError(f"row {index}: text is {found}, expected a string that is not empty")
+        return media(row, "image")
+    if kind is Kind.PREFERENCE:
+        prompt = "prompt" if row.get("prompt") is not None else None
+        if type(row.get("chosen")) is not type(row.get("rejected")):
+            kinds = " and ".join(f"{name} is {type_name(row.get(name))}" for name in ("chosen", "rejected"))
+            raise DataError(f"row {index}: {kinds}, expected two strings or two lists of messages")
+        read_conversation(row, index, prompt, "rejected")
+        return read_conversation(row, index, prompt, "chosen").images
+    if kind is Kind.UNPAIRED:
+        if not _is_truth(row.get("label")):
+            raise DataError(f"row {index}: label is {row.get('label')!r}, expected true or false")
+        return read_conversation(row, index, "prompt", "completion").images
+    steps, labels = row.get("completions"), row.get("labels")
+    if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels) or not steps:
+        sizes = [len(value) if isinstance(value, list) else type_name(value) for value in (steps, labels)]
+        raise DataError(
+            f"row {index}: completions has {sizes[0]} and labels {sizes[1]}, expected lists of one length, not empty"
+        )
+    if not all(isinstance(step, str) for step in steps):
+        raise DataError(f"row {index}: completions holds something that is no string")
+    return read_conversation(row, index, "prompt", None).images
+
+
+def _decode_first(dataset: Any, kind: Kind, count: int, bad: dict[int, str]) -> list[tuple[int, int]]:
+    """Decode the images of the first `count` rows, adding what fails to `bad`; returns their sizes."""
+
+    def decode(index: int, images: list[Any]) -> list[tuple[int, int]]:
+        try:
+            return [decode_image(image, row=index).size for image in images]
+        except DataError as error:
+            bad[index] = _reason(error)
+            return []
+
+    sizes: list[tuple[int, int]] = []
+    indices = [index for index in range(count) if index not in bad]
+    # In portions, so that no more than one portion's encoded images are in memory at a time.
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(indices), 64):
+            portion = indices[start : start + 64]
+            images = [_images_of(dataset[index], index, kind) for index in portion]
+            for found in pool.map(decode, portion, images):
+                sizes += found
+    return sizes
+
+
+def _summary(bad: Mapping[int, str], rows: int, what: str, max_listed: int, *, skipping: bool) -> str:
+    lines = [f"  row {index}: {bad[index]}" for index in sorted(bad)[:max_listed]]
+    if len(bad) > max_listed:
+        lines.append(f"  ... and {len(bad) - max_listed} more")
+    advice = "No row is left to use." if skipping else "Mend them, or leave them out with on_bad_row=skip."
+    return f"{len(bad)} of {rows} rows of the {what} data cannot be used:\n" + "\n".join(lines) + f"\n{advice}"
+
+
+def _reason(error: DataError) -> str:
+    return str(error).split(": ", 1)[1]
+
+
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1))
+
+
+def _join(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "(none)"
+
+
+def _describe(kinds: Collection[Kind]) -> str:
+    return "; ".join(f"{kind} ({_join(needed)})" for kind, needed in _COLUMNS if kind in kinds)

@@ -1,0 +1,102 @@
+"""The records that pass between data, policy and objective, and what a policy must be able to do.
+
+Dimension letters: P prompts, G completions a prompt, B = P * G rows, L prompt tokens, T completion tokens.
+This file holds no model code: a policy for a modality stands in its own module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class GroupedBatch:
+    """Rows that share prompts: what every token objective runs on.
+
+    Supervised fine-tuning has no shared prompt: its prompt is empty, `(B, 0)`, and the whole row stands in
+    `completion_ids`, with `completion_mask` saying which of its tokens are learnt:
+
+    >>> row = torch.tensor([[5, 6, 7, 2]])
+    >>> batch = GroupedBatch.of_rows(row, attention=torch.ones_like(row), mask=torch.tensor([[0, 0, 1, 1]]))
+    >>> batch.rows, batch.counted_tokens().item()
+    (1, 2)
+
+    Args:
+        prompt_ids: `(P, L)` token ids, left-padded.
+        prompt_mask: `(P, L)`, 1 at real tokens.
+        completion_ids: `(P*G, T)` token ids, right-padded; row i belongs to prompt i // G.
+        completion_attention: `(P*G, T)`, 1 at real tokens.
+        completion_mask: `(P*G, T)`, 1 where the objective counts the token.
+        model_inputs: extras for the model, opaque here (pixel_values, image_grid_thw, token_type_ids, …).
+        group_size: G. SFT 1, preference pairs 2, group-relative policy gradients more.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_attention: Tensor
+    completion_mask: Tensor
+    model_inputs: dict[str, Any] = field(default_factory=dict)
+    group_size: int = 1
+
+    @classmethod
+    def of_rows(cls, ids: Tensor, *, attention: Tensor, mask: Tensor, model_inputs: dict[str, Any] | None = None):
+        """A batch of whole rows `(B, T)` with no shared prompt."""
+        empty = ids.new_zeros(ids.shape[0], 0)
+        return cls(empty, empty, ids, attention, mask, model_inputs or {})
+
+    @property
+    def rows(self) -> int:
+        """B, the number of completions."""
+        return self.completion_ids.shape[0]
+
+    def counted_tokens(self) -> Tensor:
+        """Scalar: the tokens that the objective counts."""
+        return self.completion_mask.sum()
+
+    def _map(self, function) -> GroupedBatch:
+        changed = {f.name: function(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        extras = {k: function(v) if isinstance(v, Tensor) else v for k, v in self.model_inputs.items()}
+        return replace(self, **changed, model_inputs=extras)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> GroupedBatch:
+        """The batch on another device. Types stay as they are: the policy casts images to the model's type."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> GroupedBatch:
+        """The batch in page-locked memory: called by torch's DataLoader."""
+        return self._map(lambda t: t.pin_memory())
+
+    def keys(self) -> Iterator[str]:
+        """The names of the tensors that the model sees."""
+        return iter(("input_ids", *self.model_inputs))
+
+
+@dataclass
+class LogProbs:
+    """Log-probabilities of the actions of a batch.
+
+    Args:
+        logp: `(B, T)`, 0 where `mask` is 0.
+        mask: `(B, T)`, 1 where the objective counts the action.
+        entropy: `(B, T)` of the policy at each counted action, in nats, where asked for.
+        correct: `(B, T)` bool, whether the action was the policy's most likely one.
+    """
+
+    logp: Tensor
+    mask: Tensor
+    entropy: Tensor | None = None
+    correct: Tensor | None = None
+
+
+class Policy(Protocol):
+    """A modality's side of training: how its model gives log-probabilities."""
+
+    def log_probs(self, model: nn.Module, batch: GroupedBatch) -> LogProbs:
+        """Log-probabilities `(B, T)` of the completions' tokens, with gradient where the model has it."""
+        ...

@@ -1,0 +1,246 @@
+"""The causal-language-model policy that text and vision-language trainers share.
+
+It runs the body of a transformers model, takes the hidden states of the counted tokens alone and applies the
+language-model head to them in chunks, inside the head's own module call: so a head that an engine shards or offloads
+(DeepSpeed ZeRO-3, FSDP2) is gathered by the engine's own hooks, and logits `(B, T, V)` never exist.
+
+It does not generate, and it does not know what an objective means: it is given one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.objectives.logprobs import HeadTransform, TokenStats, head_log_probs, head_objective
+from shared.policies.base import GroupedBatch, LogProbs
+
+logger = logging.getLogger(__name__)
+
+TokenObjective = Callable[[Tensor, slice], Tensor]
+
+
+@dataclass
+class HeadCall:
+    """What the patched head is asked to do with the counted tokens' hidden states."""
+
+    index: Tensor  # (N,) positions in the flattened (B*T,) hidden states
+    targets: Tensor  # (N,)
+    transform: HeadTransform
+    objective: TokenObjective | None = None
+    entropy: bool = False
+
+
+def head_transform(config: Any, *, temperature: float = 1.0) -> HeadTransform:
+    """What a model's forward does to its logits after the head, read from its configuration.
+
+    Gemma 2 and PaliGemma 2 cap them (`final_logit_softcapping`), Cohere multiplies (`logit_scale`), Granite divides
+    (`logits_scaling`). Vision-language models keep these in their text configuration.
+    """
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return HeadTransform(scale=scale, softcap=softcap, temperature=temperature)
+
+
+def whole_rows(batch: GroupedBatch) -> GroupedBatch:
+    """Prompts joined to their completions: right-padded rows `(B, L+T)` with no prompt of their own.
+
+    Right padding leaves the positions of the tokens to the model, whatever its position encoding.
+    """
+    if batch.prompt_ids.shape[1] == 0:
+        return batch
+
+    def join(prompt: Tensor, completion: Tensor) -> Tensor:
+        return torch.cat([prompt.repeat_interleave(batch.group_size, 0), completion], 1)
+
+    attention = join(batch.prompt_mask, batch.completion_attention)
+    order = (attention == 0).to(torch.int8).argsort(dim=1, stable=True)  # real tokens first, in their own order
+    width = int(attention.sum(1).max())
+
+    def pack(joined: Tensor) -> Tensor:
+        return joined.gather(1, order)[:, :width]
+
+    return GroupedBatch.of_rows(
+        pack(join(batch.prompt_ids, batch.completion_ids)),
+        attention=pack(attention),
+        mask=pack(join(torch.zeros_like(batch.prompt_mask), batch.completion_mask)),
+        model_inputs=batch.model_inputs,
+    )
+
+
+class TokenPolicy:
+    """Log-probabilities of completion tokens under a transformers causal model, text-only or vision-language.
+
+    Args:
+        model: a transformers model with a language-model head, or a PEFT model around one. It is taught, in place,
+            to answer `model(..., head_call=…)`; every other call goes on as before.
+        temperature: divides the logits.
+    """
+
+    def __init__(self, model: nn.Module, *, temperature: float = 1.0):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.transform = head_transform(inner.config, temperature=temperature)
+        self.fused = _teach(inner)
+        self._checked = not self.fused
+
+    def token_objective(
+        self, model: nn.Module, batch: GroupedBatch, objective: TokenObjective, *, entropy: bool = False
+    ) -> tuple[Tensor, TokenStats]:
+        """Sum of an objective that is separable by token, with its gradient computed in the forward pass.
+
+        Args:
+            model: the model as the engine wraps it.
+            batch: rows; N of their tokens are counted.
+            objective: gets `(n,)` log-probabilities and which of the N tokens they are; gives `(n,)` weighted losses.
+            entropy: also measure the policy's entropy at the counted tokens.
+
+        Returns:
+            The scalar loss and the detached statistics of the N tokens, row by row.
+        """
+        rows = whole_rows(batch)
+        return self._run(model, rows, objective=objective, entropy=entropy)
+
+    def log_probs(self, model: nn.Module, batch: GroupedBatch, *, entropy: bool = False) -> LogProbs:
+        """Log-probabilities `(B, T)` of the completions' tokens; 0 where the mask is 0."""
+        rows = whole_rows(batch)
+        _, stats = self._run(model, rows, objective=None, entropy=entropy)
+        mask = self._counted(batch.completion_mask, whole=batch is rows)
+
+        def on_grid(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        return LogProbs(
+            on_grid(stats.logp), mask.to(stats.logp.dtype), on_grid(stats.entropy), on_grid(stats.correct)
+        )
+
+    @staticmethod
+    def _counted(mask: Tensor, *, whole: bool = False) -> Tensor:
+        counted = mask.bool()
+        if whole and counted.shape[1]:
+            counted = counted.clone()
+            counted[:, 0] = False  # the first token of a row has no predecessor to predict it
+        return counted
+
+    def _run(self, model: nn.Module, rows: GroupedBatch, *, objective: TokenObjective | None, entropy: bool):
+        counted = self._counted(rows.completion_mask, whole=True)
+        targets_at = counted.flatten().nonzero().squeeze(1)
+        targets = rows.completion_ids.flatten()[targets_at]
+        call = HeadCall(targets_at - 1, targets, self.transform, objective, entropy)
+        inputs = {
+            "input_ids": rows.completion_ids,
+            "attention_mask": rows.completion_attention,
+            "use_cache": False,
+            **self._cast(model, rows.model_inputs),
+        }
+        if not self._checked:
+            self._checked = True
+            self.fused = self._agrees(model, targets)
+        if self.fused:
+            loss, logp, token_entropy, correct = model(**inputs, head_call=call)
+        else:
+            logits = model(**inputs).logits
+            loss, logp, token_entropy, correct = _from_logits(logits.flatten(0, 1)[call.index], call)
+        return loss, TokenStats(logp, token_entropy, correct)
+
+    @staticmethod
+    def _cast(model: nn.Module, extras: dict[str, Any]) -> dict[str, Any]:
+        """Images in the model's type where the weights are held in half precision; autocast sees to the rest."""
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        if dtype not in (torch.bfloat16, torch.float16):
+            return extras
+        return {
+            k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in extras.items()
+        }
+
+    @torch.no_grad()
+    def _agrees(self, model: nn.Module, targets: Tensor) -> bool:
+        """Whether head and transform give the model's own log-probabilities, on a few plain tokens.
+
+        A model can do something to its logits that no configuration name tells of. Then its own forward is used:
+        right, but with whole logits in memory.
+        """
+        ids = torch.cat([targets[:7], targets.new_zeros(2)]).unsqueeze(0)
+        index = torch.arange(ids.shape[1] - 1, device=ids.device)
+        call = HeadCall(index, ids[0, 1:], HeadTransform(self.transform.scale, self.transform.softcap))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        training = model.training
+        model.eval()
+        own = model(**inputs).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+        ours = model(**inputs, head_call=call)[1].float()
+        model.train(training)
+        half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        tolerance = 0.25 if half or torch.is_autocast_enabled(own.device.type) else 1e-3
+        agrees = bool((own - ours).abs().max() <= tolerance)
+        if not agrees:
+            logger.warning(
+                "The model changes its logits in a way that its configuration does not tell: log-probabilities are "
+                "taken from whole logits, which needs more memory."
+            )
+        return agrees
+
+
+def _teach(inner: nn.Module) -> bool:
+    """Teach a model and its head to answer a HeadCall; False where their shape does not allow it.
+
+    The forward of the model is wrapped rather than its class replaced: saving, generation, PEFT and the engines go on
+    seeing the transformers model.
+    """
+    head = inner.get_output_embeddings()
+    linear = _plain_linear(head)
+    body = getattr(inner, inner.base_model_prefix, None)
+    if linear is None or body is None or body is inner:
+        return False
+    if getattr(inner, "taught_head_call", False):
+        return True
+
+    model_forward, head_forward = inner.forward, linear.forward
+
+    @functools.wraps(model_forward)
+    def forward(*args: Any, head_call: HeadCall | None = None, **kwargs: Any):
+        if head_call is None:
+            return model_forward(*args, **kwargs)
+        hidden = body(*args, **kwargs)[0]
+        return head(hidden.flatten(0, 1)[head_call.index], head_call=head_call)
+
+    @functools.wraps(head_forward)
+    def apply_head(hidden: Tensor, *args: Any, head_call: HeadCall | None = None, **kwargs: Any):
+        if head_call is None:
+            return head_forward(hidden, *args, **kwargs)
+        options = {"bias": linear.bias, "transform": head_call.transform, "entropy": head_call.entropy}
+        if head_call.objective is None:
+            stats = head_log_probs(hidden, linear.weight, head_call.targets, **options)
+            loss = stats.logp.new_zeros(())
+        else:
+            loss, stats = head_objective(hidden, linear.weight, head_call.targets, head_call.objective, **options)
+        return loss, stats.logp, stats.entropy, stats.correct
+
+    inner.forward, linear.forward = forward, apply_head
+    inner.taught_head_call = True
+    return True
+
+
+def _plain_linear(head: nn.Module | None) -> nn.Linear | None:
+    """The linear layer behind a head, also where PEFT trains a copy of it; None for any other kind of head."""
+    if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters"):
+        copies = [head.modules_to_save[name] for name in head.active_adapters if name in head.modules_to_save]
+        head = copies[0] if len(copies) == 1 else None
+    return head if type(head) is nn.Linear else None
+
+
+def _from_logits(logits: Tensor, call: HeadCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The same four figures from the model's own logits `(N, V)` of the counted tokens."""
+    logp_all = (logits.float() / call.transform.temperature).log_softmax(-1)
+    logp = logp_all.gather(1, call.targets.unsqueeze(1)).squeeze(1)
+    entropy = -(logp_all.detach().exp() * logp_all.detach()).sum(-1) if call.entropy else None
+    correct = logp_all.detach().argmax(-1) == call.targets
+    if call.objective is None:
+        return logp.new_zeros(()), logp, entropy, correct
+    loss = call.objective(logp, slice(0, logp.shape[0])).sum() + 0.0 * logits.sum()
+    return loss, logp.detach(), entropy, correct

@@ -1,0 +1,1 @@
+"""How a run starts and ends: arguments, launch checks, model loading, checkpoints and the run report."""

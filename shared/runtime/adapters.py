@@ -1,0 +1,89 @@
+"""PEFT adapters: from options to a model with a LoRA adapter, new or continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import UserError
+from shared.hub import require_available
+from shared.runtime.arguments import ModelArguments
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+ALL_LINEAR = "all-linear"
+
+
+def lora_config(args: ModelArguments) -> LoraConfig | None:
+    """The LoRA configuration that the options ask for; None without `--use_peft`.
+
+    Sources: LoRA (Hu et al. 2021, arXiv:2106.09685), DoRA (Liu et al. 2024, arXiv:2402.09353), rsLoRA (Kalajdzievski
+    2023, arXiv:2312.03732).
+    """
+    if not args.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type=args.lora_task_type,
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=_pattern(args.lora_target_modules),
+        exclude_modules=_pattern(args.lora_exclude_modules),
+        modules_to_save=args.lora_modules_to_save,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        bias="none",
+    )
+
+
+def _pattern(names: list[str] | None) -> list[str] | str | None:
+    """One word with regular-expression signs, or "all-linear", is a pattern; anything else a list of module names."""
+    if names and len(names) == 1 and (names[0] == ALL_LINEAR or any(sign in names[0] for sign in "*^$|\\(")):
+        return names[0]
+    return names
+
+
+def attach_adapter(
+    model: PreTrainedModel, config: Any = None, path: str | None = None, *, checkpointing: bool = False
+) -> Any:
+    """Put a new adapter on the model, or go on training one that was saved.
+
+    Args:
+        model: the base model, quantised or not.
+        config: a PEFT configuration for a new adapter.
+        path: folder or hub id of an adapter to continue; it keeps its own configuration.
+        checkpointing: whether activations will be recomputed, which needs inputs with gradient under a frozen base.
+
+    Returns:
+        The PEFT model, with the adapter's weights in float32 and trainable; the model itself where neither is given.
+
+    Raises:
+        UserError: the adapter's targets match no module, or the folder holds no adapter.
+    """
+    if config is None and path is None:
+        return model
+    import torch
+    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if path is not None:
+        require_available(path, file="adapter_config.json", what="adapter")
+        if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
+            raise UserError(f"--adapter_name_or_path {path}: no adapter_config.json in this folder.")
+        adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
+    else:
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:  # peft names the modules that it looked for
+            raise UserError(f"LoRA cannot be put on this model: {error}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    if checkpointing:
+        adapted.enable_input_require_grads()
+    return adapted

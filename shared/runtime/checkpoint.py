@@ -1,0 +1,164 @@
+"""What resume needs beyond the trainer's own state: which checkpoints are complete, whose folder this is, and signals.
+
+A checkpoint is complete when its mark is there; the mark is written last, by one rename, after every process has
+written its part. A run that is killed in the middle of writing leaves a folder without a mark, which is never resumed
+from. Weights, optimizer, scheduler and random states themselves are written by transformers.Trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+
+from shared.errors import UserError
+
+MARK = "complete.json"
+RUN_FILES = ("run.yaml", "report")
+RUN_PATTERN = re.compile(r"checkpoint-(\d+)$")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a kill, sees the old text or the new one and nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """All checkpoint folders of a run, complete or not, oldest first."""
+    folder = Path(output_dir)
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if p.is_dir() and (m := RUN_PATTERN.search(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every process had written its part of this checkpoint."""
+    return (checkpoint / MARK).is_file()
+
+
+def mark_complete(checkpoint: Path, *, step: int, processes: int) -> None:
+    """To be called by one process, once all have written."""
+    write_atomically(checkpoint / MARK, json.dumps({"step": step, "processes": processes}))
+
+
+def rotate(output_dir: str | Path, *, keep: int | None, best: str | None = None) -> None:
+    """Delete all but the `keep` newest complete checkpoints and the best one; incomplete older ones go too.
+
+    The mark goes first, so that a deletion cut short leaves nothing that looks complete.
+    """
+    found = checkpoints(output_dir)
+    complete = [path for path in found if is_complete(path)]
+    if not complete:
+        return
+    kept = set(complete if not keep or keep < 0 else complete[-keep:])
+    kept.update(path for path in found if best and path.resolve() == Path(best).resolve())
+    for path in found:
+        if path not in kept and path != found[-1]:
+            (path / MARK).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def resume_path(asked: str | bool | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        asked: a checkpoint folder; True, "true" or "last" for the newest complete one in `output_dir`; or nothing.
+        output_dir: the run's folder.
+
+    Raises:
+        UserError: there is no complete checkpoint, or the folder given is not one.
+    """
+    if asked in (None, False, "", "false", "False"):
+        return None
+    if asked in (True, "true", "True", "last"):
+        complete = [path for path in checkpoints(output_dir) if is_complete(path)]
+        if not complete:
+            broken = [path.name for path in checkpoints(output_dir)]
+            found = f"only incomplete ones ({', '.join(broken)})" if broken else "none"
+            raise UserError(
+                f"--resume_from_checkpoint: no complete checkpoint in {output_dir}: {found}. Name another --output_dir "
+                "or a checkpoint folder, or leave the option out to start anew."
+            )
+        return complete[-1]
+    path = Path(asked)
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        others = [str(p) for p in checkpoints(path if checkpoints(path) else path.parent) if is_complete(p)]
+        hint = f" Complete ones: {', '.join(others)}." if others else ""
+        raise UserError(f"--resume_from_checkpoint {path}: not a complete checkpoint folder.{hint}") from None
+    return path
+
+
+def default_output_dir(stem: str, resume: str | bool | None) -> str:
+    """A folder for a run that was given none: the newest one of this name to resume, else the next free number."""
+    if isinstance(resume, str) and resume not in ("true", "True", "last", "false", "False", ""):
+        return str(Path(resume).parent)
+    number, existing = 1, []
+    while (folder := Path(stem if number == 1 else f"{stem}-{number}")).exists():
+        existing.append(folder)
+        number += 1
+    if resume in (True, "true", "True", "last") and existing:
+        return str(existing[-1])
+    return str(folder)
+
+
+def check_output_dir(output_dir: str | Path, *, resuming: bool, overwrite: bool) -> None:
+    """Raise UserError when the folder holds another run that would be mixed up with this one."""
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: is a file. Name a folder.")
+    if resuming or overwrite or not folder.is_dir():
+        return
+    held = [name for name in RUN_FILES if (folder / name).exists()] + [p.name for p in checkpoints(folder)]
+    if held:
+        raise UserError(
+            f"--output_dir {folder} holds another run ({', '.join(held[:4])}). Add --resume_from_checkpoint true to go "
+            "on with it, --overwrite_output_dir to start anew in it, or name another folder."
+        )
+
+
+def clear_run(output_dir: str | Path) -> None:
+    """Remove an earlier run's checkpoints, report and options; nothing else in the folder is touched."""
+    folder = Path(output_dir)
+    for path in checkpoints(folder):
+        shutil.rmtree(path)
+    for name in RUN_FILES:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+class Interruption:
+    """While active, SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once.
+
+    Signals can be handled in a program's main thread alone: elsewhere this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or number

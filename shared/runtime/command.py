@@ -1,0 +1,63 @@
+"""How a script ends: a user's error is one line and a status, not a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from shared.errors import UserError
+from shared.runtime.launch import launcher_words, quiet_libraries
+
+USER_ERROR = 2
+INTERRUPTED = 130
+GRACE = 5.0  # seconds that the other processes leave to the first one to say what is wrong
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a script's main function, with the libraries quiet; a UserError ends it with its message and status 2.
+
+    With several processes the first one speaks. Another one speaks only if it is still there after a few seconds: then
+    the error is its own (a file that one machine cannot read), and silence would leave the user with no reason at all.
+
+    Raises:
+        SystemExit: status 2 after a UserError, 130 after an interrupt. Any other exception passes through.
+    """
+    quiet_libraries()
+    try:
+        main()
+    except UserError as error:
+        _end_with(error)
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _end_with(error: UserError) -> NoReturn:
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends this process when the first one has failed
+        time.sleep(GRACE)
+    print(f"error: {error}" if rank == 0 else f"error (process {rank}): {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    _end_launcher()
+    raise SystemExit(USER_ERROR) from None
+
+
+def _end_launcher() -> None:
+    """End a single-process `accelerate launch` above this process before it prints a traceback of its own.
+
+    It answers any failure of the script with a CalledProcessError and some 30 lines, which bury the message, and its
+    `--quiet` can only be set by the user beforehand. It has nothing left to do but wait for this process, so a SIGTERM
+    loses nothing; its status is then 128 + 15. The launchers of several processes are left alone: they clean up.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":
+        return
+    import psutil
+
+    if launcher_words() is not None:
+        with contextlib.suppress(psutil.Error):  # gone already
+            psutil.Process().parent().terminate()

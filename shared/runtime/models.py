@@ -1,0 +1,174 @@
+"""Loading models and processors: type, attention, quantisation and placement, with errors that a user can act on.
+
+What family a model belongs to and what it needs of its data is not known here: see visionalign.families.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.builtin import is_builtin
+from shared.errors import UserError
+from shared.hub import require_available
+from shared.runtime.arguments import ModelArguments
+from shared.runtime.launch import has_accelerator
+
+Head = Literal["image-text-to-text", "causal-lm"]
+
+
+def model_init_kwargs(args: ModelArguments) -> dict[str, Any]:
+    """What `load_model` takes besides the name, from the options."""
+    kwargs: dict[str, Any] = {
+        "revision": args.model_revision,
+        "dtype": args.dtype,
+        "attn_implementation": args.attn_implementation,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if args.load_in_4bit or args.load_in_8bit:
+        kwargs["quantization_config"] = _quantization(args)
+    return kwargs
+
+
+def _quantization(args: ModelArguments):
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = args.bnb_4bit_compute_dtype or (args.dtype if args.dtype != "auto" else "bfloat16")
+    storage = torch.float32 if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not has_accelerator() else None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=getattr(torch, compute),
+        bnb_4bit_quant_storage=storage or getattr(torch, compute),
+    )
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False):
+    """A model's configuration, before any weight is read.
+
+    Raises:
+        UserError: the id is unknown, the hub cannot be reached, or the folder holds no model.
+    """
+    from transformers import AutoConfig
+
+    if is_builtin(name):
+        from shared.builtin import model_path
+
+        name = str(model_path(name))
+    require_available(name, file="config.json", what="model", revision=revision)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_cannot_load("model", name, error)) from error
+
+
+def load_processor(name: str, *, revision: str | None = None, trust_remote_code: bool = False, **options: Any):
+    """A model's processor (or tokenizer), as AutoProcessor finds it.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    from transformers import AutoProcessor
+
+    if is_builtin(name):
+        from shared.builtin import model_path
+
+        name = str(model_path(name))
+    require_available(name, file="config.json", what="processor", revision=revision)
+    try:
+        return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(_cannot_load("processor", name, error)) from error
+
+
+def load_model(
+    name: str,
+    *,
+    head: Head,
+    frozen: bool = False,
+    dtype: Any = "auto",
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    quantization_config: Any = None,
+    seed: int = 0,
+    **options: Any,
+):
+    """Load a model for training.
+
+    Args:
+        name: hub id, folder, or a built-in name (whose weights are drawn from `seed`, alike in every process).
+        head: which of transformers' automatic classes.
+        frozen: whether the loaded weights stay as they are (an adapter is trained on top). With `dtype="auto"` frozen
+            weights keep the type of their checkpoint; weights that are trained are held in float32, because half
+            precision loses small updates, and the matrix products run in half precision by autocast.
+        dtype: "auto", or a torch type or its name.
+        revision: branch, tag or commit.
+        attn_implementation: "eager", "sdpa", "flash_attention_2", …; None lets transformers choose.
+        trust_remote_code: run code that comes with the model. Off by default.
+        quantization_config: a transformers quantisation configuration.
+        seed: for built-in models.
+        options: anything else that `from_pretrained` takes.
+
+    Raises:
+        UserError: unknown id, no network, a model without such a head, an attention that is not installed.
+    """
+    import torch
+    import transformers
+
+    if is_builtin(name):
+        from shared.builtin.models import load_model as load_builtin
+
+        return load_builtin(name, seed=seed)
+    auto = transformers.AutoModelForImageTextToText if head == "image-text-to-text" else transformers.AutoModelForCausalLM
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    if dtype == "auto" and not frozen and quantization_config is None:
+        dtype = torch.float32
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+        options.setdefault("device_map", {"": _device()})
+    require_available(name, file="config.json", what="model", revision=revision)
+    try:
+        return auto.from_pretrained(
+            name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(_cannot_load("model", name, error)) from error
+
+
+def _device() -> Any:
+    """Where a quantised model is put: it cannot be moved later."""
+    import torch
+
+    if not has_accelerator() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        return "cpu"
+    return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = "" if Path(name).exists() else " Check the spelling; a gated or private model needs a login first."
+    return f"{what} {name!r} cannot be loaded: {first}{hint}"
+
+
+def parameter_report(model) -> str:
+    """One line: how many parameters are trained, of how many, and in which types they are held."""
+    trained: dict[str, int] = {}
+    total = 0
+    for parameter in model.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        total += count
+        if parameter.requires_grad:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            trained[kind] = trained.get(kind, 0) + count
+    count = sum(trained.values())
+    kinds = ", ".join(f"{n:,} in {kind}" for kind, n in trained.items())
+    return f"{count:,} of {total:,} parameters are trained ({count / max(total, 1):.2%}; {kinds})"

@@ -1,0 +1,1 @@
+"""Launch profiles: one accelerate configuration file each."""
