@@ -42,6 +42,7 @@ def quiet_libraries() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed.elastic.multiprocessing.redirects").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r".*pin_memory.*no accelerator.*")
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")  # peft asks transformers
     warnings.filterwarnings("ignore", message=r".*Redirects are currently not supported.*")
 
 

@@ -1,0 +1,93 @@
+"""Small models and data sets that every script can run on with no network.
+
+A model is a directory with a configuration and a processor and *no weights*: they are drawn from a seed when the model
+is loaded (`shared.builtin.models`), so there is nothing to download and training starts from chance. A data set is drawn
+or read when it is loaded. Importing this package loads neither torch nor datasets.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_HERE = Path(__file__).parent
+
+# Name -> directory of the model.
+MODELS: dict[str, Path] = {
+    "builtin/vlm-small": _HERE / "vlm_small",
+}
+
+# Name -> module with a function `load(split) -> datasets.Dataset`, imported when it is asked for.
+DATASETS: dict[str, str] = {
+    "builtin/shapes": "shared.builtin.shapes",
+    "builtin/digits": "shared.builtin.digits",
+}
+
+SPLITS = ("train", "test")
+RECIPES = _HERE / "recipes"
+
+
+def is_builtin(name: str) -> bool:
+    """Whether `name` is in the built-in name space; a misspelt `builtin/…` is, so that it never goes to the hub."""
+    return str(name).startswith("builtin/")
+
+
+def model_path(name: str) -> Path:
+    """Directory of the built-in model `name`: configuration and processor, no weights.
+
+    Raises:
+        UserError: no built-in model has this name.
+    """
+    return MODELS[_known(name, MODELS, "model")]
+
+
+def load_dataset(name: str, split: str = "train") -> Dataset:
+    """Load the built-in data set `name`.
+
+    Args:
+        name: a key of `DATASETS`.
+        split: "train" or "test"; the two have no picture in common.
+
+    Returns:
+        A map-style `datasets.Dataset` with the columns `images` (a list with one picture), `messages` (one question by
+        the user and its answer) and `kind` (the kind of question, to report accuracy by).
+
+    Raises:
+        UserError: no built-in data set has this name, or the split is not one of the two.
+    """
+    module = DATASETS[_known(name, DATASETS, "data set")]
+    if split not in SPLITS:
+        raise UserError(f"{name} has no split {split!r}; its splits are: {', '.join(SPLITS)}.")
+    return importlib.import_module(module).load(split)
+
+
+def recipe(script: str) -> Callable[[Mapping[str, Any]], Path | None]:
+    """The options a script starts from when it trains a built-in model, below everything that was given.
+
+    Args:
+        script: name of the script; its file is `recipes/<script>.yaml`.
+
+    Returns:
+        What `parse_arguments` takes: the given options -> the recipe's file, or None where another model is named.
+    """
+
+    def find(given: Mapping[str, Any]) -> Path | None:
+        return RECIPES / f"{script}.yaml" if is_builtin(given.get("model_name_or_path") or "builtin/") else None
+
+    return find
+
+
+def _known(name: str, registry: dict, what: str) -> str:
+    if name in registry:
+        return name
+    close = difflib.get_close_matches(str(name), registry, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"There is no built-in {what} {name!r}; there are: {', '.join(registry)}.{hint}")

@@ -1,0 +1,1 @@
+"""Trainers that join a policy and an objective, on transformers.Trainer."""

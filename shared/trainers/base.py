@@ -1,0 +1,367 @@
+"""AlignTrainer: what every trainer of the suite adds to transformers.Trainer.
+
+Complete checkpoints, stopping on a signal, the run report, randomness that differs between processes, metrics averaged
+over steps and processes, learning rates by module. It does not know what a batch or an objective is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers.utils import logging
+
+from shared.runtime import checkpoint as checkpoints
+from shared.runtime.models import parameter_report
+from shared.runtime.report import RunReport, SampleRow, before_after_table, peak_memory
+from shared.trainers.config import AlignConfig
+from shared.trainers.progress import ProgressBar
+
+
+class AlignTrainer(Trainer):
+    """Base of the trainers. Losses are given to the optimizer as they come: scaling is done in one place, there.
+
+    Args:
+        As transformers.Trainer. `args.output_dir` must not hold another run.
+
+    Raises:
+        UserError: the output folder holds another run, or there is nothing to resume from.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model: nn.Module, args: AlignConfig, *, callbacks: list[TrainerCallback] | None = None, **kwargs):
+        super().__init__(model=model, args=args, callbacks=[_Watch(self), *(callbacks or [])], **kwargs)
+        self.model_accepts_loss_kwargs = False
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ProgressBar)
+        # transformers seeds every process alike; each must draw its own noise and samples
+        set_seed(args.seed, device_specific=True)
+        self.run_options: str | None = None  # YAML of the command line's options, where there was one
+        self.report = RunReport(Path(args.output_dir) / "report", title=self.title(), config={})
+        self.interruption = checkpoints.Interruption()
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._totals: dict[str, float] = defaultdict(float)
+        self._train_seconds = 0.0
+
+    # ---- What a trainer may fill in --------------------------------------------------------------------------------
+
+    def title(self) -> str:
+        """The report's title."""
+        return type(self).__name__
+
+    def answer_questions(self) -> tuple[dict[str, float], list[SampleRow]] | None:
+        """Held-out rows answered by the model as it is now: metrics, and samples with `after` filled in."""
+        return None
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates by parameter-name prefix, for parameters that do not take `args.learning_rate`."""
+        return {}
+
+    # ---- Running ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """Train, and write the run report; stop after the current step on SIGINT or SIGTERM.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one in `args.output_dir`;
+                `args.resume_from_checkpoint` where None.
+
+        Raises:
+            UserError: the folder holds another run, or no complete checkpoint to resume from.
+            KeyboardInterrupt, SystemExit: after a signal, once the checkpoint and the report are written.
+        """
+        asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        resume = checkpoints.resume_path(asked, self.args.output_dir)
+        self._open_run(resume)
+        with self.interruption:
+            try:
+                started = time.perf_counter()
+                output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
+                self._train_seconds = time.perf_counter() - started - self._totals["answer_seconds"]
+                if not self.interruption.received:
+                    self._answers_after()
+            except BaseException:
+                self._write_report("failed")
+                raise
+        self._write_report("interrupted" if self.interruption.received else "finished")
+        self._leave_if_interrupted()
+        return output
+
+    def _open_run(self, resume: Path | None) -> None:
+        args: AlignConfig = self.args
+        checkpoints.check_output_dir(args.output_dir, resuming=resume is not None, overwrite=args.overwrite_output_dir)
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            if resume is None and args.overwrite_output_dir:
+                checkpoints.clear_run(args.output_dir)
+            options = self.run_options or yaml.safe_dump(_chosen(args), sort_keys=True)
+            checkpoints.write_atomically(Path(args.output_dir) / "run.yaml", options)
+            self.report.config = {**_chosen(args), **(yaml.safe_load(options) or {})}
+            print(parameter_report(self.model), flush=True)
+        self.accelerator.wait_for_everyone()
+        if resume is not None:
+            self._recall_before(resume.parent / "report" / "report.json")
+
+    def _answers_before(self) -> None:
+        """Called once the model is prepared: engines that shard it cannot run it earlier."""
+        if self.report.before or self.state.global_step > 0:
+            return
+        if (answered := self._timed_answers()) is not None:
+            self.report.before, samples = answered
+            for sample in samples:
+                sample.before, sample.after = sample.after, None
+            self.report.samples = samples
+            self._write_report("running")
+
+    def _recall_before(self, path: Path) -> None:
+        """A resumed run compares with what was measured before its first step."""
+        if not path.is_file():
+            return
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        self.report.before = earlier["before"]
+        self.report.samples = [
+            SampleRow([], sample["question"], sample["answer"], before=sample["before"])
+            for sample in earlier["samples"]
+        ]
+
+    def _answers_after(self) -> None:
+        if (answered := self._timed_answers()) is None:
+            return
+        self.report.after, samples = answered
+        earlier = {(s.question, i): s.before for i, s in enumerate(self.report.samples)}
+        for i, sample in enumerate(samples):
+            sample.before = earlier.get((sample.question, i))
+        self.report.samples = samples
+
+    def _timed_answers(self):
+        started = time.perf_counter()
+        with preserved_randomness(), torch.no_grad():
+            training = self.model.training
+            self.model.eval()
+            answered = self.answer_questions()
+            self.model.train(training)
+        self._totals["answer_seconds"] += time.perf_counter() - started
+        return answered
+
+    def _write_report(self, status: str) -> None:
+        if not self.args.should_save:
+            return
+        report = self.report
+        report.status = status
+        report.add_curves(self.state.log_history)
+        if self._train_seconds:
+            report.throughput = {"train_seconds": self._train_seconds} | {
+                f"{name}_per_second": total / self._train_seconds
+                for name, total in self._totals.items()
+                if name in ("samples", "tokens")
+            }
+        report.peak_memory = peak_memory()
+        if status == "interrupted":
+            report.notes.append(f"Interrupted at step {self.state.global_step}. {self._how_to_resume()}")
+        page = report.write()
+        if status == "finished":
+            if report.after:
+                print(before_after_table(report.before, report.after), flush=True)
+            print(f"Run report: {page}", flush=True)
+
+    def _how_to_resume(self) -> str:
+        folder = self.args.output_dir
+        return f"Go on with: the same command plus --output_dir {folder} --resume_from_checkpoint true"
+
+    def _leave_if_interrupted(self) -> None:
+        if not self.interruption.received:
+            return
+        if self.args.should_save:
+            print(f"Stopped at step {self.state.global_step}, saved. {self._how_to_resume()}", flush=True)
+        if self.interruption.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.interruption.received)
+
+    # ---- Checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go when this one is complete
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            checkpoints.mark_complete(path, step=self.state.global_step, processes=self.args.world_size)
+            checkpoints.rotate(self.args.output_dir, keep=limit, best=self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if isinstance(model, PreTrainedModel) and not self.is_fsdp_enabled:
+            _restore_weights(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            _restore_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model (or adapter) and processor as transformers and peft load them; say where.
+
+        Args:
+            output_dir: the folder; `args.output_dir` where None.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not _internal_call:
+            print(f"Saved model: {output_dir or self.args.output_dir}", flush=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with without_progress_bars():
+            super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs: run.yaml says the same
+
+    # ---- Optimizer -------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """transformers' optimizer, its parameter groups split where a module has a learning rate of its own."""
+        optimizer = super().create_optimizer(model)
+        rates = {prefix: rate for prefix, rate in self.learning_rates().items() if rate is not None}
+        if not rates:
+            return optimizer
+        names = {id(p): name for name, p in (model or self.model).named_parameters()}
+        groups: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            split: dict[float, list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                split[_rate_of(names.get(id(parameter), ""), rates, group["lr"])].append(parameter)
+            groups += [{**group, "params": params, "lr": rate} for rate, params in split.items()]
+        optimizer.param_groups.clear()
+        for group in groups:
+            optimizer.add_param_group(group)
+        return optimizer
+
+    # ---- Metrics ---------------------------------------------------------------------------------------------------
+
+    def record(self, name: str, total: Tensor, count: Tensor | int) -> None:
+        """Add to a metric that is logged as Σ total / Σ count, over the steps and processes since the last log."""
+        zero = torch.zeros((), device=total.device, dtype=torch.float32)
+        self._sums[name] = self._sums.get(name, zero) + total.detach().float()
+        self._counts[name] = self._counts.get(name, zero) + count
+
+    def _drain_metrics(self) -> dict[str, float]:
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        stacked = torch.stack([torch.stack([self._sums[n], self._counts[n]]) for n in names])
+        stacked = self.accelerator.reduce(stacked, "sum")
+        self._sums, self._counts = {}, {}
+        return {n: (total / count).item() for n, (total, count) in zip(names, stacked, strict=True) if count > 0}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the metrics recorded since the last time where these are training figures."""
+        if "loss" in logs:
+            logs = {**logs, **self._drain_metrics()}
+        super().log(logs, start_time)
+
+
+class _Watch(TrainerCallback):
+    """The moments of a run at which AlignTrainer acts."""
+
+    def __init__(self, trainer: AlignTrainer):
+        self.trainer = trainer
+        self._pending: Tensor | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._pending = None
+        self.trainer._answers_before()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._must_stop():
+            control.should_save = not (Path(args.output_dir) / f"checkpoint-{state.global_step}").exists()
+            control.should_training_stop = True
+
+    def _must_stop(self) -> bool:
+        """Whether any process has got a signal. All must stop after the same step, so all ask each other.
+
+        The answer is read one step later: by then it has arrived, and asking costs no waiting.
+        """
+        received = self.trainer.interruption.received
+        if self.trainer.args.world_size == 1:
+            return received is not None
+        last, self._pending = self._pending, torch.tensor(float(received or 0), device=self.trainer.args.device)
+        self._work, work = (
+            torch.distributed.all_reduce(self._pending, torch.distributed.ReduceOp.MAX, async_op=True),
+            getattr(self, "_work", None),
+        )
+        if last is None or work is None:
+            return False
+        work.wait()
+        stop = int(last.item())
+        self.trainer.interruption.received = received or stop or None
+        return stop > 0
+
+
+@contextlib.contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Whatever happens inside draws no random number from the training: a run with evaluations equals one without."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Saving takes no bar of its own beside the training's."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    yield
+    if shown:
+        logging.enable_progress_bar()
+
+
+def _restore_weights(model: PreTrainedModel, folder: str) -> None:
+    """Put a checkpoint's weights back by the model's own loader.
+
+    transformers saves many models under other names than their modules have (LLaVA's `language_model.model.…`), and
+    its Trainer loads by module name, not strictly: such a checkpoint would leave the weights as they were.
+    """
+    with without_progress_bars():
+        saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict(), strict=True)
+
+
+def _rate_of(name: str, rates: dict[str, float], default: float) -> float:
+    name = name.removeprefix("base_model.model.")
+    return next((rate for prefix, rate in rates.items() if name.startswith(prefix)), default)
+
+
+def _chosen(args: AlignConfig) -> dict[str, Any]:
+    """The options that differ from their defaults, as plain values."""
+    given = args.to_dict()
+    chosen = {}
+    for field in fields(args):
+        value = given.get(field.name)
+        if field.init and value != field.default and isinstance(value, str | int | float | bool | list | dict):
+            chosen[field.name] = value
+    chosen["output_dir"] = os.fspath(args.output_dir)
+    return chosen

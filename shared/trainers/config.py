@@ -1,0 +1,93 @@
+"""The options of every trainer, settled: TrainingArguments plus the suite's own, fitted to the machine it runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import TrainingArguments
+
+from shared.errors import UserError
+from shared.runtime.arguments import AlignOptions
+from shared.runtime.checkpoint import check_output_dir, default_output_dir, resume_path
+from shared.runtime.launch import (
+    check_devices,
+    check_launch,
+    has_accelerator,
+    prepare_cpu,
+    shard_on_cpu,
+)
+
+
+@dataclass
+class AlignConfig(AlignOptions, TrainingArguments):
+    """Base of every trainer's configuration. Joining the other processes happens here, before any model is loaded.
+
+    Raises:
+        UserError: more processes than devices, or a run that is not what the launcher was asked for.
+    """
+
+    run_name_stem: ClassVar[str] = "run"  # names the folder of a run that is given none: runs/<stem>
+
+    def __post_init__(self):
+        for name, least in (("check_rows", 0), ("eval_answers", 0), ("max_new_tokens", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{name} {value}: must be at least {least}.")
+        if not has_accelerator():
+            self.use_cpu = True
+            self.dataloader_pin_memory = False
+            prepare_cpu()
+        check_devices(self.use_cpu)
+        self._choose_precision()
+        given_dir = self.output_dir
+        if given_dir is None:
+            self.output_dir = default_output_dir(f"runs/{self.run_name_stem}", self.resume_from_checkpoint)
+        super().__post_init__()
+        self._join()
+        if given_dir is None:
+            self._agree_on_output_dir()
+
+    def check_output_dir(self) -> None:
+        """Say before a model is loaded what `train()` would say: that the folder is not free, or cannot be resumed.
+
+        Raises:
+            UserError: it holds another run, or no complete checkpoint to go on from.
+        """
+        resume = resume_path(self.resume_from_checkpoint, self.output_dir)
+        check_output_dir(self.output_dir, resuming=resume is not None, overwrite=self.overwrite_output_dir)
+
+    def _choose_precision(self) -> None:
+        import torch
+
+        cuda = has_accelerator() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = bool(not self.fp16 and cuda and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False))
+        elif self.bf16 and cuda and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+            name = torch.cuda.get_device_name()
+            raise UserError(f"--bf16: {name} has no bfloat16 arithmetic. Use --fp16 or --no_bf16 (float32).")
+        if self.fp16 and not cuda:
+            raise UserError("--fp16 needs a GPU. On the processor use --bf16, or leave both out (float32).")
+
+    def _join(self) -> None:
+        """Form the process group, and see that it is the one that was asked for."""
+        _ = self.device  # makes torch.distributed's process group
+        shard_on_cpu()
+        if self.parallel_mode.value == "not_parallel":
+            check_launch(1, "NO")
+        else:
+            check_launch(self.world_size, self._engine())
+
+    def _engine(self) -> str:
+        import os
+
+        from accelerate.state import PartialState
+
+        kind = PartialState().distributed_type.value
+        # accelerate turns this process group into an FSDP one when the model is prepared
+        shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and kind == "MULTI_GPU"
+        return "FSDP" if shards else kind
+
+    def _agree_on_output_dir(self) -> None:
+        from accelerate.utils import broadcast_object_list
+
+        self.output_dir = broadcast_object_list([self.output_dir])[0]

@@ -1,0 +1,163 @@
+"""Trainers on recorded data: the loss of a step does not depend on how the step is cut into micro-batches and ranks.
+
+Every loss here is Σ weight · term / denominator, with one denominator for the whole optimizer step over all processes.
+Each process gets its own share times the number of processes, since gradients are averaged between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers.trainer_utils import EvalLoopOutput
+
+from shared.data.rows import Rows
+from shared.objectives.supervised import supervised_loss
+from shared.policies.base import GroupedBatch
+from shared.policies.token import TokenPolicy
+from shared.trainers.base import AlignTrainer, preserved_randomness
+
+
+class OfflineTrainer(AlignTrainer):
+    """Base of the trainers whose batches come from a data set; gives each step its denominator."""
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimizer step, and how many tokens they count over all processes."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if not batches:
+            return batches, None
+        seen = torch.stack([torch.stack([b.counted_tokens(), b.completion_attention.sum()]) for b in batches]).sum(0)
+        rows = seen.new_tensor([sum(batch.rows for batch in batches)])
+        counted, tokens, samples = self.accelerator.reduce(torch.cat([seen, rows]).to(device).double(), "sum")
+        self._seen = getattr(self, "_seen", 0) + torch.stack([tokens, samples])
+        return batches, counted.clamp(min=1.0)
+
+    def _write_report(self, status: str) -> None:
+        if hasattr(self, "_seen"):
+            self._totals["tokens"], self._totals["samples"] = self._seen.tolist()
+        super()._write_report(status)
+
+    def _prepare_inputs(self, inputs: GroupedBatch) -> GroupedBatch:
+        return inputs.to(self.args.device, non_blocking=True)
+
+    def floating_point_ops(self, inputs: GroupedBatch) -> int:
+        """Not counted: transformers' estimate knows nothing of images."""
+        return 0
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """This process's share of the held-out rows, in order."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = self.eval_dataset[rows]
+        if not isinstance(rows, Rows):
+            rows = Rows(rows)
+        return DataLoader(
+            rows.share(self.args.process_index, self.args.world_size),
+            batch_size=self.args.per_device_eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Metrics of the held-out rows, exact over batches and processes: sums are added up, then divided once."""
+        model = self._evaluated_model()
+        training = model.training
+        model.eval()
+        sums: dict[str, Tensor] = {}
+        with preserved_randomness(), torch.no_grad():
+            for batch in dataloader:
+                for name, value in self.evaluation_sums(model, self._prepare_inputs(batch)).items():
+                    sums[name] = sums.get(name, 0) + value.double()
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        model.train(training)
+        names = sorted(sums)
+        totals = self.accelerator.reduce(torch.stack([sums[n] for n in names]), "sum")
+        metrics = self.evaluation_metrics(dict(zip(names, totals.tolist(), strict=True)))
+        count = int(len(dataloader.dataset.rows)) if hasattr(dataloader.dataset, "rows") else len(dataloader.dataset)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=count)
+
+    def _evaluated_model(self) -> nn.Module:
+        """The model as the engine wraps it; wrapped now where there was no training before."""
+        if self.model_wrapped is not self.model or self.is_in_train or self.args.world_size == 1:
+            return self.model_wrapped
+        if self.is_fsdp_enabled:
+            self.model_wrapped = self.model = self.accelerator.prepare(self.model)
+        else:
+            self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=not self.is_deepspeed_enabled)
+        return self.model_wrapped
+
+    def evaluation_sums(self, model: nn.Module, batch: GroupedBatch) -> dict[str, Tensor]:
+        """Sums over one batch's rows, to be added over batches and processes."""
+        raise NotImplementedError
+
+    def evaluation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics from the sums of all rows; one of them is `loss`."""
+        raise NotImplementedError
+
+
+class SupervisedTrainer(OfflineTrainer):
+    """Supervised fine-tuning of a token policy: −log p of the counted tokens, or its DFT variant.
+
+    Args:
+        policy: the token policy around `model`.
+        As OfflineTrainer otherwise. `args.loss_type` names the objective.
+    """
+
+    def __init__(self, model: nn.Module, args: Any, *, policy: TokenPolicy, **kwargs: Any):
+        self.policy = policy
+        self.objective = supervised_loss(args.loss_type)
+        super().__init__(model, args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: GroupedBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ):
+        """This micro-batch's share of the step's mean loss per counted token, times the number of processes."""
+        weight = (self.args.world_size / num_items_in_batch).float()
+        loss, stats = self.policy.token_objective(
+            model, inputs, lambda logp, at: self.objective(logp) * weight, entropy=self._logs_this_step()
+        )
+        self.record("mean_token_accuracy", stats.correct.sum(), stats.correct.numel())
+        if stats.entropy is not None:
+            self.record("entropy", stats.entropy.sum(), stats.entropy.numel())
+        return (loss, stats) if return_outputs else loss
+
+    def _logs_this_step(self) -> bool:
+        """Entropy costs a pass over the vocabulary: it is taken at the steps that are logged."""
+        return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
+
+    def evaluation_sums(self, model: nn.Module, batch: GroupedBatch) -> dict[str, Tensor]:
+        _, stats = self.policy.token_objective(model, batch, lambda logp, at: self.objective(logp), entropy=True)
+        logp = stats.logp.float()
+        return {
+            "loss": self.objective(logp).sum(),
+            "correct": stats.correct.sum(),
+            "entropy": stats.entropy.sum(),
+            "tokens": torch.tensor(logp.numel(), device=logp.device),
+        }
+
+    def evaluation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        tokens = max(sums["tokens"], 1.0)
+        loss = sums["loss"] / tokens
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 80.0)),
+            "mean_token_accuracy": sums["correct"] / tokens,
+            "entropy": sums["entropy"] / tokens,
+        }

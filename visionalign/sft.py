@@ -1,0 +1,230 @@
+"""Supervised fine-tuning of vision-language models.
+
+The rows are checked before the model is loaded; images are processed once a batch, in the data workers; the loss is on
+the assistant's tokens alone unless asked otherwise. Video and packing are not handled here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+
+from shared.data.rows import ROW, Rows, with_row_numbers
+from shared.data.schema import Kind, check_rows, decode_image, detect_kind, require, to_conversation, undecoded
+from shared.errors import DataError, UserError
+from shared.policies.token import TokenPolicy
+from shared.runtime.adapters import attach_adapter
+from shared.runtime.generation import greedy_answers
+from shared.runtime.models import load_config, load_model, load_processor
+from shared.runtime.report import SampleRow
+from shared.trainers.config import AlignConfig
+from shared.trainers.offline import SupervisedTrainer
+from visionalign.collators import VLMCollator
+from visionalign.families import family_of, modules
+from visionalign.options import VLMSFTOptions
+
+PARTS = ("vision_tower", "projector", "language_model")
+SAMPLES_SHOWN = 24
+
+
+@dataclass
+class VLMSFTConfig(VLMSFTOptions, AlignConfig):
+    """Options of VLMSFTTrainer: VLMSFTOptions and transformers.TrainingArguments."""
+
+    run_name_stem: ClassVar[str] = "sft_vlm"
+
+
+class VLMSFTTrainer(SupervisedTrainer):
+    """Fine-tune a vision-language model on conversations about images.
+
+    Args:
+        model: hub id, folder or built-in name, or a loaded model (a PEFT model too).
+        args: options; `VLMSFTConfig()` where None.
+        data_collator: rows -> GroupedBatch; a VLMCollator with the options of `args` where None.
+        train_dataset: rows with `messages`, or `prompt` and `completion`, and `images` (or `image`).
+        eval_dataset: held-out rows of the same kind.
+        processing_class: the model's processor; loaded beside a model that is given by name.
+        peft_config: puts this adapter on the model; a folder or hub id of an adapter goes on training that one.
+        callbacks, optimizers: as transformers.Trainer.
+
+    Raises:
+        UserError: a text-only model, a processor without chat template.
+        DataError: columns or rows that cannot be used, named; before any weight is loaded.
+
+    Example:
+        >>> trainer = VLMSFTTrainer("HuggingFaceTB/SmolVLM-Instruct", train_dataset=rows)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: VLMSFTConfig | None = None,
+        data_collator: VLMCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: ProcessorMixin | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ):
+        args = VLMSFTConfig() if args is None else args
+        options = dict(args.model_init_kwargs or {})
+        hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+        self.family = family_of(load_config(model, **hub) if isinstance(model, str) else model.config)
+        if processing_class is None:
+            processing_class = load_processor(model if isinstance(model, str) else model.config._name_or_path, **hub)
+        train, held_out, kind = _checked_rows(train_dataset, eval_dataset, args)
+        if data_collator is None:
+            data_collator = VLMCollator(
+                processing_class,
+                family=self.family,
+                kind=kind,
+                loss_on=_loss_on(args, kind),
+                max_length=args.max_length,
+                max_pixels=args.max_pixels,
+                on_bad_row=args.on_bad_row,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                always_image=args.world_size > 1,
+            )
+        if isinstance(train, Rows):
+            data_collator([train[i] for i in range(min(2, len(train)))])  # a mistake in every row shows here
+
+        set_seed(args.seed)  # weights that are drawn here are alike in all processes
+        if isinstance(model, str):
+            frozen = peft_config is not None
+            model = load_model(model, head="image-text-to-text", frozen=frozen, seed=args.seed, **options)
+        _freeze(model, self.family, args)
+        adapter = {"path": peft_config} if isinstance(peft_config, str) else {"config": peft_config}
+        model = attach_adapter(model, **adapter, checkpointing=bool(args.activation_checkpointing))
+        super().__init__(
+            model,
+            args,
+            policy=TokenPolicy(model),
+            data_collator=data_collator,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+
+    def title(self) -> str:
+        return f"Vision-language fine-tuning: {self.family.name}"
+
+    def learning_rates(self) -> dict[str, float]:
+        """The tower's, projector's and language model's own rates, by parameter-name prefix."""
+        rates = zip(PARTS, (self.args.vision_learning_rate, self.args.projector_learning_rate,
+                            self.args.language_learning_rate), strict=True)  # fmt: skip
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        prefixes = {id(module): name for name, module in inner.named_modules()}
+        return {
+            f"{prefixes[id(module)]}.": rate
+            for part, rate in rates
+            if rate is not None
+            for module in modules(inner, part)
+        }
+
+    def answer_questions(self) -> tuple[dict[str, float], list[SampleRow]] | None:
+        """Answers of evenly spaced held-out rows; accuracy is the share answered word for word, by `kind`."""
+        rows = self.eval_dataset
+        if not isinstance(rows, Rows) or self.args.eval_answers < 1:
+            return None
+        count = min(self.args.eval_answers, len(rows))
+        picked = Rows(rows, kept=[at * len(rows) // count for at in range(count)])
+        share = picked.share(self.args.process_index, self.args.world_size)
+        answered: list[tuple[int, str, str]] = []
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(share), size):
+            batch = [share[at] for at in range(start, min(start + size, len(share)))]
+            inputs, references = self.data_collator.encode_prompts(batch)
+            inputs = {name: value.to(self.args.device) for name, value in inputs.items()}
+            texts = greedy_answers(
+                self.model, inputs, self.processing_class.tokenizer, max_new_tokens=self.args.max_new_tokens
+            )
+            at = [(start + i) * self.args.world_size + self.args.process_index for i in range(len(batch))]
+            answered += list(zip(at, texts, references, strict=True))
+        return self._scored(picked, self._gathered(answered))
+
+    def _gathered(self, answered: list[tuple[int, str, str]]) -> dict[int, tuple[str, str]]:
+        if self.args.world_size > 1:
+            from accelerate.utils import gather_object
+
+            answered = gather_object(answered)
+        return {at: (text, reference) for at, text, reference in answered}
+
+    def _scored(self, picked: Rows, answers: dict[int, tuple[str, str]]) -> tuple[dict[str, float], list[SampleRow]]:
+        right: dict[str, list[bool]] = defaultdict(list)
+        samples = []
+        every = max(1, len(picked) // SAMPLES_SHOWN)
+        for at in range(len(picked)):
+            text, reference = answers[at]
+            row = picked[at]
+            correct = text.strip() == reference.strip()
+            right["accuracy"].append(correct)
+            if isinstance(row.get("kind"), str):
+                right[f"accuracy/{row['kind']}"].append(correct)
+            if at % every == 0 and len(samples) < SAMPLES_SHOWN:
+                samples.append(self._sample(row, text, reference))
+        return {name: sum(each) / len(each) for name, each in sorted(right.items())}, samples
+
+    def _sample(self, row: dict[str, Any], text: str, reference: str) -> SampleRow:
+        conversation = to_conversation(row, row[ROW], self.data_collator.kind)
+        asked = [m for m in conversation.messages if m["role"] == "user"]
+        question = " ".join(part["text"] for part in asked[-1]["content"] if part["type"] == "text") if asked else ""
+        images = [decode_image(image, row=row[ROW], max_pixels=65_536) for image in conversation.images]
+        columns = {name: row[name] for name in ("kind",) if name in row}
+        return SampleRow(images, question, reference, after=text, columns=columns)
+
+
+def _loss_on(args: VLMSFTConfig, kind: Kind) -> str:
+    if kind == Kind.PROMPT_COMPLETION and args.completion_only_loss is not None:
+        return "completion" if args.completion_only_loss else "all"
+    if args.completion_only_loss and kind != Kind.PROMPT_COMPLETION:
+        raise UserError(
+            f"--completion_only_loss needs rows with prompt and completion; these are {kind}. "
+            "Use --assistant_only_loss (the default)."
+        )
+    if not args.assistant_only_loss:
+        return "all"
+    return "completion" if kind == Kind.PROMPT_COMPLETION else "assistant"
+
+
+def _checked_rows(train: Any, held_out: Any, args: VLMSFTConfig) -> tuple[Any, Rows | None, Kind]:
+    """Rows that can be trained on, and what kind they are."""
+    if train is None:
+        raise UserError("train_dataset is missing: give the rows to train on.")
+    kind = _kind(train)
+    images = sys.maxsize if args.check_rows is None else args.check_rows
+
+    def checked(rows: Any, what: str) -> Any:
+        report = check_rows(rows, kind, on_bad_row=args.on_bad_row, check_images=images, what=what)
+        if args.should_log:
+            print(report.summary(what), flush=True)
+        rows = undecoded(rows)
+        return Rows(rows, report.kept) if hasattr(rows, "__len__") else with_row_numbers(rows)
+
+    return checked(train, "train"), None if held_out is None else checked(held_out, "eval"), kind
+
+
+def _kind(rows: Any) -> Kind:
+    first = next(iter(rows), None)
+    if first is None:
+        raise DataError("The data set is empty: it has no row to train on.")
+    kind = detect_kind(list(first), first)
+    require(kind, {Kind.MESSAGES, Kind.PROMPT_COMPLETION})
+    return kind
+
+
+def _freeze(model: nn.Module, family: Any, args: VLMSFTConfig) -> None:
+    frozen = (args.freeze_vision_tower, args.freeze_projector, args.freeze_language_model)
+    for part, freeze in zip(PARTS, frozen, strict=True):
+        for module in modules(model, part) if freeze else []:
+            module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("Every part of the model is frozen: nothing would be trained. Leave one --freeze_… out.")
