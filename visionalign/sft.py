@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 
 from shared.data.rows import ROW, Rows, with_row_numbers
-from shared.data.schema import Kind, check_rows, decode_image, detect_kind, require, to_conversation, undecoded
+from shared.data.schema import Kind, check_rows, decode_image, detect_kind, to_conversation, undecoded
 from shared.errors import DataError, UserError
 from shared.policies.token import TokenPolicy
 from shared.runtime.adapters import attach_adapter
@@ -25,10 +25,9 @@ from shared.runtime.report import SampleRow
 from shared.trainers.config import AlignConfig
 from shared.trainers.offline import SupervisedTrainer
 from visionalign.collators import VLMCollator
-from visionalign.families import family_of, modules
+from visionalign.families import PARTS, family_of, parameters
 from visionalign.options import VLMSFTOptions
 
-PARTS = ("vision_tower", "projector", "language_model")
 SAMPLES_SHOWN = 24
 
 
@@ -118,16 +117,17 @@ class VLMSFTTrainer(SupervisedTrainer):
         return f"Vision-language fine-tuning: {self.family.name}"
 
     def learning_rates(self) -> dict[str, float]:
-        """The tower's, projector's and language model's own rates, by parameter-name prefix."""
-        rates = zip(PARTS, (self.args.vision_learning_rate, self.args.projector_learning_rate,
-                            self.args.language_learning_rate), strict=True)  # fmt: skip
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        prefixes = {id(module): name for name, module in inner.named_modules()}
+        """The tower's, projector's and language model's own rates, by parameter name."""
+        wanted = (
+            self.args.vision_learning_rate,
+            self.args.projector_learning_rate,
+            self.args.language_learning_rate,
+        )
         return {
-            f"{prefixes[id(module)]}.": rate
-            for part, rate in rates
+            name: rate
+            for part, rate in zip(PARTS, wanted, strict=True)
             if rate is not None
-            for module in modules(inner, part)
+            for name in parameters(self.model, part)
         }
 
     def answer_questions(self) -> tuple[dict[str, float], list[SampleRow]] | None:
@@ -216,15 +216,13 @@ def _kind(rows: Any) -> Kind:
     first = next(iter(rows), None)
     if first is None:
         raise DataError("The data set is empty: it has no row to train on.")
-    kind = detect_kind(list(first), first)
-    require(kind, {Kind.MESSAGES, Kind.PROMPT_COMPLETION})
-    return kind
+    return detect_kind(list(first), first, allowed={Kind.MESSAGES, Kind.PROMPT_COMPLETION})
 
 
 def _freeze(model: nn.Module, family: Any, args: VLMSFTConfig) -> None:
     frozen = (args.freeze_vision_tower, args.freeze_projector, args.freeze_language_model)
     for part, freeze in zip(PARTS, frozen, strict=True):
-        for module in modules(model, part) if freeze else []:
-            module.requires_grad_(False)
+        for parameter in parameters(model, part).values() if freeze else []:
+            parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("Every part of the model is frozen: nothing would be trained. Leave one --freeze_… out.")

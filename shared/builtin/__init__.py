@@ -1,8 +1,8 @@
 """Small models and data sets that every script can run on with no network.
 
-A model is a directory with a configuration and a processor and *no weights*: they are drawn from a seed when the model
-is loaded (`shared.builtin.models`), so there is nothing to download and training starts from chance. A data set is drawn
-or read when it is loaded. Importing this package loads neither torch nor datasets.
+A model is a directory with a configuration and a processor and *no weights*: they are drawn from a seed when the
+model is loaded (`shared.builtin.models`), so there is nothing to download and training starts from nothing. A data set
+is drawn or read when it is loaded. Importing this package loads neither torch nor datasets.
 """
 
 from __future__ import annotations

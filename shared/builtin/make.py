@@ -59,15 +59,16 @@ CHAT_TEMPLATE = """\
 
 # So that words outside the built-in questions are not spelt byte by byte.
 ENGLISH = """\
-The picture shows a small house with a green door and two windows. There is a tree on the left, and a dog is sitting
-under it in the sun. Is there anything else in this image? No, I cannot see any people, but there are some flowers on
-the right side of the road. What is the name of this animal? It is a cat that lies on the table next to a bowl of fruit.
-Please answer the following question with one word. How do you know that? Because the text on the sign says so. She said
-that they would have to wait for the train, which was about ten minutes late, while he was reading the paper. I think it
-is better to use a short sentence when we can. Which one is larger, the first or the second? They are not the same: the
-number of items in each row can be different. Write a list of three things that you might want to take with you, and
-explain why. One of them should be something to eat. The other parts were made from wood and metal before they had been
-put together. After that, all of us went home and talked about what had happened during the day.
+The picture shows a small house with a green door and two windows. There is a tree on the left, and a dog is
+sitting under it in the sun. Is there anything else in this image? No, I cannot see any people, but there are
+some flowers on the right side of the road. What is the name of this animal? It is a cat that lies on the
+table next to a bowl of fruit. Please answer the following question with one word. How do you know that?
+Because the text on the sign says so. She said that they would have to wait for the train, which was about ten
+minutes late, while he was reading the paper. I think it is better to use a short sentence when we can. Which
+one is larger, the first or the second? They are not the same: the number of items in each row can be
+different. Write a list of three things that you might want to take with you, and explain why. One of them
+should be something to eat. The other parts were made from wood and metal before they had been put together.
+After that, all of us went home and talked about what had happened during the day.
 """
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.integrations import deepspeed
 
 from shared.builtin import model_path
 
@@ -20,13 +23,24 @@ def load_model(name: str, seed: int = 0) -> PreTrainedModel:
     Raises:
         UserError: no built-in model has this name.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
     path = model_path(name)
     config = AutoConfig.from_pretrained(path)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _whole_layers():
         torch.manual_seed(seed)
-        return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
+
+
+@contextlib.contextmanager
+def _whole_layers() -> Iterator[None]:
+    """Under ZeRO-3 transformers shards each layer as it is made, and draws other weights then; the engine does it later."""
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
 
 
 def load_processor(name: str) -> ProcessorMixin:

@@ -1,8 +1,8 @@
 """`builtin/shapes`: questions about drawn pictures of one to three coloured shapes.
 
-A picture is 48 x 48 pixels, black, divided into 3 x 3 cells; each shape fills a cell and no two have the same form. What
-is where (the *layout*) decides by its hash whether a picture belongs to the training or the held-out set, so the two are
-disjoint whatever the seed. Everything is drawn from the seed in about a second and held in memory.
+A picture is 48 x 48 pixels, black, divided into 3 x 3 cells; each shape fills a cell and no two have the same form.
+What is where (the *layout*) decides by its hash whether a picture belongs to the training or the held-out set, so the
+two are disjoint whatever the seed. Everything is drawn from the seed in about a second and held in memory.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ COLOURS = {
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 COUNTS = ("0", "1", "2", "3")
 
-# Rows of each kind. The many descriptions are what makes the model learn which colour goes with which form: with
-# questions on one shape alone it keeps naming any colour that is in the picture.
+# Rows of each kind. Descriptions are what makes the model learn which colour goes with which form: with questions on
+# one shape alone it keeps naming any colour that is in the picture. The way back, from colour to form, is not part of
+# them and takes more rows.
 TRAIN_ROWS = {"colour": 1000, "shape": 2400, "where": 800, "count": 400, "describe": 1600}
 TEST_ROWS = {"colour": 200, "shape": 200, "where": 100, "count": 100, "describe": 100}
 
 _CELL = IMAGE_SIZE // 3
-_SIZES = (12, 13, 14)  # pixels across
+_SIZES = (14, 15, 16)  # pixels across; with smaller ones the form is learnt late
 _HELD_OUT = 8  # one layout in so many is held out
 
 
@@ -63,7 +64,7 @@ def load(split: str, seed: int = 0) -> Dataset:
 
 
 def draw_question(kind: str, split: str, rng: random.Random) -> Question:
-    """Draw a layout of the split on which a question of this kind has one right answer, the question and the picture."""
+    """Draw a layout of the split on which this kind of question has one right answer; ask and paint it."""
     while True:
         layout = draw_layout(rng)
         asked = ask(kind, layout, rng) if split_of(layout) == split else None

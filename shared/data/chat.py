@@ -1,9 +1,9 @@
 """Chats as text: templates, and which characters of the rendered text are learnt.
 
-What the assistant says is found in three ways, the first that is exact: by the template's own `{% generation %}` marks;
-by the strings that the template writes before and after every assistant turn, learnt once from a made-up chat and
-matched against the row's own contents; by rendering the chat up to the turn, which must be how the whole chat begins.
-A row where none holds is an error: nothing is ever masked by guesswork.
+What the assistant says is found in one of three ways: by the template's own `{% generation %}` marks; by the strings
+that the template writes before and after every assistant turn, learnt once from a made-up chat and matched against the
+row's own contents; by rendering the chat up to the turn, which must be how the whole chat begins. A row where none
+holds is an error: nothing is ever masked by guesswork.
 
 Deliberately not here: tokens and images. A collator shifts the characters to where its processor moves them.
 """
@@ -38,7 +38,7 @@ class Rendered:
         spans: the `(start, end)` characters of it that are learnt, in order and without overlap.
 
     Example:
-        `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n` with the span of `Hello<|im_end|>`.
+        `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n`, spans of `Hello<|im_end|>`.
     """
 
     text: str
@@ -55,8 +55,8 @@ def render(
 ) -> Rendered:
     """Write a conversation with its template and say which characters are learnt.
 
-    A template that closes no turn (LLaVA 1.5's) gets the tokenizer's end-of-sequence token after the last answer: without
-    one the model would never learn to stop.
+    Where a template closes no turn (LLaVA 1.5's), the tokenizer's end-of-sequence token is put after the last answer:
+    without one the model would never learn to stop.
 
     Args:
         owner: the processor or tokenizer that has the template.
@@ -125,6 +125,7 @@ class _Template:
         footer: what ends an assistant turn in the middle of a chat.
         last_footer: what ends the last turn of a chat.
         closing: what has to be added after the last turn, where the template does not end it.
+        asks_as_written: a question with the header of an answer is how the question with its answer begins.
     """
 
     source: str
@@ -137,6 +138,7 @@ class _Template:
     footer: str = ""
     last_footer: str = ""
     closing: str = ""
+    asks_as_written: bool = False
 
     def write(
         self, messages: list[dict], *, generation: bool = False, marks: bool = False, tools: list | None = None
@@ -211,6 +213,7 @@ def _learn(source: str, variables: str, image_token: str, eos: str) -> _Template
         footer=os.path.commonprefix([between, tail]).rstrip(),
         last_footer=tail.rstrip(),
         closing="" if tail.strip() else eos,
+        asks_as_written=bool(header.strip()) and text.startswith(opened) and common == after_prompt,
     )
 
 
@@ -247,7 +250,7 @@ class _Chat:
         if loss_on == "all":
             return Rendered(text, [(0, len(text))])
         if loss_on == "completion":
-            return Rendered(text, [(self._prompt_end(text), end)])
+            return Rendered(text, [(self._completion_start(text), end)])
         first = self.prompt_messages or 0
         turns = [i for i in self.assistant if i >= first]
         if not turns:
@@ -259,9 +262,22 @@ class _Chat:
                 raise DataError(f"row {self.row}: the chat template marks nothing of it as said by the assistant")
         else:
             spans = self._turns(text, turns)
+        # A space at a turn's end is often part of the next header's first token.
+        spans = [(start, start + len(text[start:stop].rstrip())) for start, stop in spans]
         if closed:
-            spans[-1] = (spans[-1][0], end)
+            body = end - len(self.template.closing)
+            follows = not text[spans[-1][1] : body].strip()  # an empty last answer has no span of its own
+            spans = [*spans[:-1], (spans[-1][0], end)] if follows else [*spans, (body, end)]
         return Rendered(text, spans)
+
+    def _completion_start(self, text: str) -> int:
+        first = self.prompt_messages
+        if self.template.asks_as_written and self.assistant[:1] == [first]:
+            starts = _find_all(text, self.template.header)
+            position = starts[0] + len(self.template.header) if len(starts) == len(self.assistant) else -1
+            if position > 0 and self._match(text, first, position):
+                return position
+        return self._prompt_end(text)
 
     def _prompt_end(self, text: str) -> int:
         """Where the completion begins: after what the model is given when it is asked."""
@@ -272,7 +288,7 @@ class _Chat:
             where = len(os.path.commonprefix([prompt, text]))
             raise DataError(
                 f"row {self.row}: the prompt as the model is asked it is not how the whole row begins: the template "
-                f"writes {prompt[where : where + 40]!r} for the prompt alone and {text[where : where + 40]!r} with the "
+                f"writes {prompt[where : where + 40]!r} for the prompt alone, {text[where : where + 40]!r} with the "
                 "completion. Train on loss_on='assistant', or write the completion as the template ends its prompt."
             )
         return len(prompt)
@@ -328,9 +344,9 @@ class _Chat:
         if text.startswith(start) and text.startswith(end) and len(start) < len(end):
             return len(start), len(end)
         raise DataError(
-            f"row {self.row}: cannot tell exactly which part of the rendered text is message {turn} of the assistant: the "
-            "chat template writes it otherwise in the whole conversation than up to there. Use a template that marks it "
-            "with {% generation %}, or give the row as prompt and completion with loss_on='completion'."
+            f"row {self.row}: cannot tell exactly which part of the rendered text is message {turn}, the assistant's: "
+            "the chat template writes it otherwise in the whole conversation than up to there. Use a template that "
+            "marks it with {% generation %}, or give the row as prompt and completion with loss_on='completion'."
         )
 
 

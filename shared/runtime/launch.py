@@ -147,12 +147,11 @@ def check_devices(use_cpu: bool) -> None:
         )
 
 
-def check_launch(processes: int, engine: str, request: LaunchRequest | None = None) -> None:
-    """Raise UserError when this run is not what the launcher was asked for.
+def check_processes(processes: int, request: LaunchRequest | None = None) -> None:
+    """Raise UserError when not as many processes train together as the launcher was asked for, or cannot as asked.
 
     Args:
-        processes: how many processes train together, by torch.distributed.
-        engine: accelerate's distributed type ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP").
+        processes: how many train together, by torch.distributed.
         request: what was asked for; found out where None.
     """
     request = launch_request() if request is None else request
@@ -164,6 +163,18 @@ def check_launch(processes: int, engine: str, request: LaunchRequest | None = No
             "(--cpu and MULTI_CPU start one process); with DeepSpeed on several machines set "
             "deepspeed_multinode_launcher: standard. Nothing was trained."
         )
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        check_engine("CPU", request)
+
+
+def check_engine(engine: str, request: LaunchRequest | None = None) -> None:
+    """Raise UserError when the launcher was asked for another engine than the one in use.
+
+    Args:
+        engine: accelerate's distributed type: NO, MULTI_GPU, MULTI_CPU, DEEPSPEED, FSDP, …
+        request: what was asked for; found out where None.
+    """
+    request = launch_request() if request is None else request
     if request.engine is not None and request.engine != engine:
         raise UserError(
             f"The launcher was asked for {request.engine}, but the engine in use is {engine}. "

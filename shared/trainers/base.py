@@ -27,6 +27,8 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 from transformers.utils import logging
 
 from shared.runtime import checkpoint as checkpoints
+from shared.runtime.fsdp import unused_parameters_allowed
+from shared.runtime.launch import check_engine
 from shared.runtime.models import parameter_report
 from shared.runtime.report import RunReport, SampleRow, before_after_table, peak_memory
 from shared.trainers.config import AlignConfig
@@ -47,6 +49,9 @@ class AlignTrainer(Trainer):
 
     def __init__(self, model: nn.Module, args: AlignConfig, *, callbacks: list[TrainerCallback] | None = None, **kwargs):
         super().__init__(model=model, args=args, callbacks=[_Watch(self), *(callbacks or [])], **kwargs)
+        check_engine(self.accelerator.distributed_type.value)
+        if self.is_fsdp_enabled:
+            self._name_sharded_layers()
         self.model_accepts_loss_kwargs = False
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar)
@@ -71,8 +76,16 @@ class AlignTrainer(Trainer):
         return None
 
     def learning_rates(self) -> dict[str, float]:
-        """Learning rates by parameter-name prefix, for parameters that do not take `args.learning_rate`."""
+        """Learning rates by parameter name, for parameters that do not take `args.learning_rate`."""
         return {}
+
+    def _name_sharded_layers(self) -> None:
+        """Shard by the layers that the model has: its class may name others, which accelerate would look for."""
+        plugin = self.accelerator.state.fsdp_plugin
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if plugin.transformer_cls_names_to_wrap is None:
+            present = {type(module).__name__ for module in inner.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(present & set(inner._no_split_modules or ()))
 
     # ---- Running ---------------------------------------------------------------------------------------------------
 
@@ -216,6 +229,10 @@ class AlignTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with unused_parameters_allowed() if self.is_fsdp_enabled else contextlib.nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_best_model(self) -> None:
         if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             _restore_weights(self.model, self.state.best_model_checkpoint)
@@ -243,7 +260,7 @@ class AlignTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """transformers' optimizer, its parameter groups split where a module has a learning rate of its own."""
         optimizer = super().create_optimizer(model)
-        rates = {prefix: rate for prefix, rate in self.learning_rates().items() if rate is not None}
+        rates = self.learning_rates()
         if not rates:
             return optimizer
         names = {id(p): name for name, p in (model or self.model).named_parameters()}
@@ -251,7 +268,7 @@ class AlignTrainer(Trainer):
         for group in optimizer.param_groups:
             split: dict[float, list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
-                split[_rate_of(names.get(id(parameter), ""), rates, group["lr"])].append(parameter)
+                split[rates.get(names.get(id(parameter), ""), group["lr"])].append(parameter)
             groups += [{**group, "params": params, "lr": rate} for rate, params in split.items()]
         optimizer.param_groups.clear()
         for group in groups:
@@ -348,11 +365,6 @@ def _restore_weights(model: PreTrainedModel, folder: str) -> None:
     with without_progress_bars():
         saved = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict(), strict=True)
-
-
-def _rate_of(name: str, rates: dict[str, float], default: float) -> float:
-    name = name.removeprefix("base_model.model.")
-    return next((rate for prefix, rate in rates.items() if name.startswith(prefix)), default)
 
 
 def _chosen(args: AlignConfig) -> dict[str, Any]:

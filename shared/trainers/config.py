@@ -12,7 +12,7 @@ from shared.runtime.arguments import AlignOptions
 from shared.runtime.checkpoint import check_output_dir, default_output_dir, resume_path
 from shared.runtime.launch import (
     check_devices,
-    check_launch,
+    check_processes,
     has_accelerator,
     prepare_cpu,
     shard_on_cpu,
@@ -42,6 +42,8 @@ class AlignConfig(AlignOptions, TrainingArguments):
         given_dir = self.output_dir
         if given_dir is None:
             self.output_dir = default_output_dir(f"runs/{self.run_name_stem}", self.resume_from_checkpoint)
+        if self.data_seed is None:
+            self.data_seed = self.seed  # else the order of the rows depends on the number of processes
         super().__post_init__()
         self._join()
         if given_dir is None:
@@ -72,20 +74,7 @@ class AlignConfig(AlignOptions, TrainingArguments):
         """Form the process group, and see that it is the one that was asked for."""
         _ = self.device  # makes torch.distributed's process group
         shard_on_cpu()
-        if self.parallel_mode.value == "not_parallel":
-            check_launch(1, "NO")
-        else:
-            check_launch(self.world_size, self._engine())
-
-    def _engine(self) -> str:
-        import os
-
-        from accelerate.state import PartialState
-
-        kind = PartialState().distributed_type.value
-        # accelerate turns this process group into an FSDP one when the model is prepared
-        shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and kind == "MULTI_GPU"
-        return "FSDP" if shards else kind
+        check_processes(self.world_size)
 
     def _agree_on_output_dir(self) -> None:
         from accelerate.utils import broadcast_object_list

@@ -6,6 +6,7 @@ Each process gets its own share times the number of processes, since gradients a
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from shared.data.rows import Rows
@@ -72,16 +74,15 @@ class OfflineTrainer(AlignTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Metrics of the held-out rows, exact over batches and processes: sums are added up, then divided once."""
-        model = self._evaluated_model()
-        training = model.training
-        model.eval()
         sums: dict[str, Tensor] = {}
-        with preserved_randomness(), torch.no_grad():
+        with self._evaluated_model() as model, preserved_randomness(), torch.no_grad():
+            training = model.training
+            model.eval()
             for batch in dataloader:
                 for name, value in self.evaluation_sums(model, self._prepare_inputs(batch)).items():
                     sums[name] = sums.get(name, 0) + value.double()
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        model.train(training)
+            model.train(training)
         names = sorted(sums)
         totals = self.accelerator.reduce(torch.stack([sums[n] for n in names]), "sum")
         metrics = self.evaluation_metrics(dict(zip(names, totals.tolist(), strict=True)))
@@ -89,15 +90,24 @@ class OfflineTrainer(AlignTrainer):
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=count)
 
-    def _evaluated_model(self) -> nn.Module:
-        """The model as the engine wraps it; wrapped now where there was no training before."""
-        if self.model_wrapped is not self.model or self.is_in_train or self.args.world_size == 1:
-            return self.model_wrapped
-        if self.is_fsdp_enabled:
-            self.model_wrapped = self.model = self.accelerator.prepare(self.model)
+    @contextlib.contextmanager
+    def _evaluated_model(self) -> Iterator[nn.Module]:
+        """The model as the engine wraps it; wrapped for this evaluation alone where there was no training before."""
+        prepared = self.accelerator._models or self.model_wrapped is not self.model
+        if prepared or self.is_in_train or self.args.world_size == 1:
+            yield self.model_wrapped
+        elif self.is_fsdp_enabled:  # in place and for good; accelerate shards only together with an optimizer
+            idle = torch.optim.SGD(self.model.parameters())
+            self.model = self.model_wrapped = self.accelerator.prepare(self.model, idle)[0]
+            yield self.model
+        elif is_deepspeed_zero3_enabled():
+            deepspeed_init(self, num_training_steps=0, inference=True)
+            engine = self.accelerator.prepare(self.model)
+            yield engine
+            engine.destroy()
+            self.accelerator.free_memory()
         else:
-            self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=not self.is_deepspeed_enabled)
-        return self.model_wrapped
+            yield self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
     def evaluation_sums(self, model: nn.Module, batch: GroupedBatch) -> dict[str, Tensor]:
         """Sums over one batch's rows, to be added over batches and processes."""
