@@ -8,7 +8,9 @@ from pathlib import Path
 from shared.errors import UserError
 
 
-def require_available(name: str, *, file: str, what: str, repo_type: str = "model", revision: str | None = None) -> None:
+def require_available(
+    name: str, *, file: str, what: str, repo_type: str = "model", revision: str | None = None
+) -> None:
     """Raise UserError unless `name` is a local folder, is in the hub's cache, or the hub can be reached.
 
     Args:

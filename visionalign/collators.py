@@ -117,6 +117,11 @@ class VLMCollator:
                 reasons = "; ".join(self.skipped[number] for number in numbers if number in self.skipped)
                 raise DataError(f"No row of a batch can be used: {reasons}")
             result = self._attempt(result)
+        for number in numbers:
+            if number in self.skipped:
+                result.notes[number] = f"left out: {self.skipped[number].removeprefix(f'row {number}: ')}"
+            elif number in self.truncated:
+                result.notes[number] = f"cut from {self.truncated[number]} tokens to {self.max_length}"
         return result
 
     def encode_prompts(self, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Tensor], list[str]]:

@@ -91,16 +91,16 @@ class VLMSFTTrainer(SupervisedTrainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 always_image=args.world_size > 1,
             )
-        if isinstance(train, Rows):
+        if isinstance(train, Rows) and args.on_bad_row == "error":
             data_collator([train[i] for i in range(min(2, len(train)))])  # a mistake in every row shows here
 
         set_seed(args.seed)  # weights that are drawn here are alike in all processes
         if isinstance(model, str):
             frozen = peft_config is not None
             model = load_model(model, head="image-text-to-text", frozen=frozen, seed=args.seed, **options)
-        _freeze(model, self.family, args)
         adapter = {"path": peft_config} if isinstance(peft_config, str) else {"config": peft_config}
         model = attach_adapter(model, **adapter, checkpointing=bool(args.activation_checkpointing))
+        _freeze(model, args)
         super().__init__(
             model,
             args,
@@ -112,6 +112,7 @@ class VLMSFTTrainer(SupervisedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.row_notes = {row: f"left out: {why}" for row, why in getattr(train, "left_out", {}).items()}
 
     def title(self) -> str:
         return f"Vision-language fine-tuning: {self.family.name}"
@@ -196,7 +197,7 @@ def _loss_on(args: VLMSFTConfig, kind: Kind) -> str:
 
 
 def _checked_rows(train: Any, held_out: Any, args: VLMSFTConfig) -> tuple[Any, Rows | None, Kind]:
-    """Rows that can be trained on, and what kind they are."""
+    """Rows that can be used, and what kind they are."""
     if train is None:
         raise UserError("train_dataset is missing: give the rows to train on.")
     kind = _kind(train)
@@ -207,7 +208,7 @@ def _checked_rows(train: Any, held_out: Any, args: VLMSFTConfig) -> tuple[Any, R
         if args.should_log:
             print(report.summary(what), flush=True)
         rows = undecoded(rows)
-        return Rows(rows, report.kept) if hasattr(rows, "__len__") else with_row_numbers(rows)
+        return Rows(rows, report.kept, report.bad) if hasattr(rows, "__len__") else with_row_numbers(rows)
 
     return checked(train, "train"), None if held_out is None else checked(held_out, "eval"), kind
 
@@ -219,7 +220,7 @@ def _kind(rows: Any) -> Kind:
     return detect_kind(list(first), first, allowed={Kind.MESSAGES, Kind.PROMPT_COMPLETION})
 
 
-def _freeze(model: nn.Module, family: Any, args: VLMSFTConfig) -> None:
+def _freeze(model: nn.Module, args: VLMSFTConfig) -> None:
     frozen = (args.freeze_vision_tower, args.freeze_projector, args.freeze_language_model)
     for part, freeze in zip(PARTS, frozen, strict=True):
         for parameter in parameters(model, part).values() if freeze else []:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shared.builtin import MODELS, digits, shapes
 from shared.builtin.rows import IMAGE_SIZE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 448
 PATCH = 16  # pixels: one cell of a `builtin/shapes` picture
@@ -135,7 +139,7 @@ def make_vlm(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def make_tokenizer():
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer: the built-in questions and answers in few tokens, any other text in more."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

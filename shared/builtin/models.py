@@ -34,7 +34,10 @@ def load_model(name: str, seed: int = 0) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def _whole_layers() -> Iterator[None]:
-    """Under ZeRO-3 transformers shards each layer as it is made, and draws other weights then; the engine does it later."""
+    """Under ZeRO-3 transformers shards each layer as it is made, and draws other weights then.
+
+    The engine shards the whole model later.
+    """
     held = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed._hf_deepspeed_config_weak_ref = None
     try:

@@ -9,6 +9,7 @@ import io
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import DataError
@@ -165,11 +166,10 @@ def _decode(raw: Any, max_pixels: int | None, base_dir: str | os.PathLike | None
     if hasattr(raw, "convert"):
         image = raw
     else:
-        if isinstance(raw, (bytes, bytearray)):
-            raw = io.BytesIO(raw)
-        elif base_dir is not None:
-            raw = os.path.join(base_dir, raw)
-        image = Image.open(raw)
+        if not isinstance(raw, (bytes, bytearray)):
+            # Whole, so that no file stays open behind an image that cannot be decoded.
+            raw = Path(base_dir or "", raw).read_bytes()
+        image = Image.open(io.BytesIO(raw))
         if max_pixels is not None and image.width * image.height > max_pixels:
             # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; never below the size asked for.
             image.draft("RGB", _fitting(image.size, max_pixels))

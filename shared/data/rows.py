@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -17,18 +17,29 @@ class Rows(Dataset):
     Args:
         dataset: a datasets.Dataset or any sequence of dicts.
         kept: the row numbers to use, in order; all where None.
+        left_out: row number -> why it is not among them.
     """
 
-    def __init__(self, dataset: Any, kept: Sequence[int] | None = None):
+    def __init__(
+        self, dataset: Any, kept: Sequence[int] | None = None, left_out: Mapping[int, str] | None = None
+    ):
         self.dataset = dataset
         self.kept = kept
+        self.left_out = dict(left_out or {})
 
     def __len__(self) -> int:
         return len(self.dataset) if self.kept is None else len(self.kept)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = index if self.kept is None else int(self.kept[index])
-        return {**self.dataset[number], ROW: number}
+        return {ROW: number, **self.dataset[number]}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Several rows in one read, as torch's data workers ask for a batch."""
+        numbers = indices if self.kept is None else [int(self.kept[index]) for index in indices]
+        if not hasattr(self.dataset, "__getitems__"):
+            return [self[index] for index in indices]
+        return [{ROW: number, **row} for row, number in zip(self.dataset.__getitems__(numbers), numbers, strict=True)]
 
     def share(self, rank: int, processes: int) -> Share:
         """The rows that one of several processes evaluates."""

@@ -144,7 +144,8 @@ class CheckReport:
     def summary(self, what: str, max_listed: int = 10) -> str:
         """What was found, in a line; rows that are left out are counted and listed below it."""
         used = self.rows - len(self.bad)
-        text = f"{what}: {used:,} rows" if self.kept is None and not self.bad else f"{what}: {used:,} of {self.rows:,} rows"
+        whole = self.kept is None and not self.bad
+        text = f"{what}: {used:,} rows" if whole else f"{what}: {used:,} of {self.rows:,} rows"
         if self.images and self.smallest == self.largest:
             text += f", images of {_size(self.smallest)}"
         elif self.images:

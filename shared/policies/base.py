@@ -34,6 +34,8 @@ class GroupedBatch:
         completion_mask: `(P*G, T)`, 1 where the objective counts the token.
         model_inputs: extras for the model, opaque here (pixel_values, image_grid_thw, token_type_ids, …).
         group_size: G. SFT 1, preference pairs 2, group-relative policy gradients more.
+        notes: row number -> what was done to it, for rows that were left out or lost their end. They travel with the
+            batch since collators run in processes of their own.
     """
 
     prompt_ids: Tensor
@@ -43,6 +45,7 @@ class GroupedBatch:
     completion_mask: Tensor
     model_inputs: dict[str, Any] = field(default_factory=dict)
     group_size: int = 1
+    notes: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def of_rows(cls, ids: Tensor, *, attention: Tensor, mask: Tensor, model_inputs: dict[str, Any] | None = None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,22 @@ def _pattern(names: list[str] | None) -> list[str] | str | None:
     return names
 
 
+def _with_targets(config: Any, model: PreTrainedModel) -> Any:
+    """PEFT knows which modules to adapt for some language models; all linear layers for a model that it does not know.
+
+    Adapting every linear layer is what QLoRA (Dettmers et al. 2023, arXiv:2305.14314) found to match full training.
+    """
+    from peft import LoraConfig
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    named = not isinstance(config, LoraConfig) or config.target_modules or config.target_parameters
+    if named or model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        return config
+    config = copy.copy(config)
+    config.target_modules = ALL_LINEAR
+    return config
+
+
 def attach_adapter(
     model: PreTrainedModel, config: Any = None, path: str | None = None, *, checkpointing: bool = False
 ) -> Any:
@@ -78,7 +95,7 @@ def attach_adapter(
         adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
     else:
         try:
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, _with_targets(config, model))
         except ValueError as error:  # peft names the modules that it looked for
             raise UserError(f"LoRA cannot be put on this model: {error}") from error
     for parameter in adapted.parameters():

@@ -53,7 +53,8 @@ class ModelArguments:
     lora_dropout: float = option(0.05, "Share of the adapter's inputs dropped in training.", needs="use_peft")
     lora_target_modules: list[str] | None = option(
         None,
-        "Modules that get an adapter: names, one regular expression, or all-linear. Unset: PEFT's choice.",
+        "Modules that get an adapter: names, one regular expression, or all-linear. Unset: PEFT's choice for the "
+        "model, or all-linear where it has none.",
         needs="use_peft",
     )
     lora_exclude_modules: list[str] | None = option(
@@ -147,6 +148,9 @@ class AlignOptions:
     logging_steps: float = option(10, "Log every so many steps; below 1: a share of all steps.")
     report_to: list[str] = option(["none"], "Trackers that also get the curves: tensorboard, trackio, wandb, …")
     save_total_limit: int | None = option(3, "Checkpoints kept; older ones are deleted. none: all.")
+    dataloader_num_workers: int | None = option(
+        None, "Processes that read and prepare batches ahead, for each training process. Unset: 4 with a GPU, else 0."
+    )
     remove_unused_columns: bool = option(False, "Drop columns that the model's forward does not name.")
     log_level: LogLevel = option("passive", "transformers' log level on the main process; passive: as it is.")
     log_level_replica: LogLevel = option("warning", "transformers' log level on the other processes.")

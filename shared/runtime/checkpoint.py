@@ -13,6 +13,8 @@ import re
 import shutil
 import signal
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -48,21 +50,23 @@ def mark_complete(checkpoint: Path, *, step: int, processes: int) -> None:
     write_atomically(checkpoint / MARK, json.dumps({"step": step, "processes": processes}))
 
 
-def rotate(output_dir: str | Path, *, keep: int | None, best: str | None = None) -> None:
-    """Delete all but the `keep` newest complete checkpoints and the best one; incomplete older ones go too.
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint, complete or not; the mark goes first, so that nothing cut short looks complete."""
+    (checkpoint / MARK).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
-    The mark goes first, so that a deletion cut short leaves nothing that looks complete.
-    """
+
+def rotate(output_dir: str | Path, *, keep: int | None, spared: Sequence[str | Path] = ()) -> None:
+    """Delete all but the `keep` newest complete checkpoints and those spared; incomplete older ones go too."""
     found = checkpoints(output_dir)
     complete = [path for path in found if is_complete(path)]
     if not complete:
         return
-    kept = set(complete if not keep or keep < 0 else complete[-keep:])
-    kept.update(path for path in found if best and path.resolve() == Path(best).resolve())
+    kept = {path.resolve() for path in (complete if not keep or keep < 0 else complete[-keep:])}
+    kept.update(Path(path).resolve() for path in spared)
     for path in found:
-        if path not in kept and path != found[-1]:
-            (path / MARK).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+        if path.resolve() not in kept and path != found[-1]:
+            discard(path)
 
 
 def resume_path(asked: str | bool | None, output_dir: str | Path) -> Path | None:
@@ -83,17 +87,15 @@ def resume_path(asked: str | bool | None, output_dir: str | Path) -> Path | None
             broken = [path.name for path in checkpoints(output_dir)]
             found = f"only incomplete ones ({', '.join(broken)})" if broken else "none"
             raise UserError(
-                f"--resume_from_checkpoint: no complete checkpoint in {output_dir}: {found}. Name another --output_dir "
-                "or a checkpoint folder, or leave the option out to start anew."
+                f"--resume_from_checkpoint: no complete checkpoint in {output_dir}: {found}. Name another "
+                "--output_dir or a checkpoint folder, or leave the option out to start anew."
             )
         return complete[-1]
     path = Path(asked)
-    try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    if not is_complete(path):
         others = [str(p) for p in checkpoints(path if checkpoints(path) else path.parent) if is_complete(p)]
         hint = f" Complete ones: {', '.join(others)}." if others else ""
-        raise UserError(f"--resume_from_checkpoint {path}: not a complete checkpoint folder.{hint}") from None
+        raise UserError(f"--resume_from_checkpoint {path}: not a complete checkpoint of this suite.{hint}")
     return path
 
 
@@ -120,8 +122,8 @@ def check_output_dir(output_dir: str | Path, *, resuming: bool, overwrite: bool)
     held = [name for name in RUN_FILES if (folder / name).exists()] + [p.name for p in checkpoints(folder)]
     if held:
         raise UserError(
-            f"--output_dir {folder} holds another run ({', '.join(held[:4])}). Add --resume_from_checkpoint true to go "
-            "on with it, --overwrite_output_dir to start anew in it, or name another folder."
+            f"--output_dir {folder} holds another run ({', '.join(held[:4])}). Add --resume_from_checkpoint true to "
+            "go on with it, --overwrite_output_dir to start anew in it, or name another folder."
         )
 
 
@@ -141,11 +143,13 @@ def clear_run(output_dir: str | Path) -> None:
 class Interruption:
     """While active, SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once.
 
-    Signals can be handled in a program's main thread alone: elsewhere this does nothing.
+    A second one within a second is the same one: a terminal sends it to the launcher too, which passes it on. Signals
+    can be handled in a program's main thread alone: elsewhere this does nothing.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
@@ -159,6 +163,8 @@ class Interruption:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.received == signal.SIGINT and now - self._since > 1.0:
             raise KeyboardInterrupt
-        self.received = self.received or number
+        if self.received is None:
+            self.received, self._since = number, now

@@ -27,3 +27,12 @@ def unused_parameters_allowed() -> Iterator[None]:
         yield
     finally:
         state_dict.set_optimizer_state_dict = strict
+
+
+def reshard(model) -> None:
+    """Give back what the last forward pass gathered; without a backward pass the head's weights would stay whole."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -26,6 +26,7 @@ class LaunchRequest:
     processes: int | None = None
     machines: int | None = None
     engine: str | None = None  # "DEEPSPEED", "FSDP" or None
+    cpu: bool = False
 
 
 def quiet_libraries() -> None:
@@ -39,10 +40,13 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Only "no GPU kernel on this machine" comes from these on import.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # "inputs will be cast": by design
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed.elastic.multiprocessing.redirects").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r".*pin_memory.*no accelerator.*")
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")  # peft asks transformers
+    # peft looks for a built-in model's configuration on the hub when it saves an adapter
+    warnings.filterwarnings("ignore", message=r"Could not find a config file in builtin/")
     warnings.filterwarnings("ignore", message=r".*Redirects are currently not supported.*")
 
 
@@ -76,19 +80,23 @@ def prepare_cpu() -> None:
 
 
 def shard_on_cpu() -> None:
-    """Let FSDP2 run on gloo: accelerate only considers sharding for a launch that it takes for a GPU one."""
+    """Let FSDP2 run on gloo: accelerate only considers sharding for a launch that it takes for a GPU one.
+
+    Raises:
+        UserError: FSDP1 is asked for on the processor.
+    """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    on_cpu = PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU
+    if not on_cpu or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError(
-            "FSDP version 1 on a machine without accelerator trains, but its checkpoints cannot be resumed. "
+            "FSDP version 1 trains on the processor too, but its checkpoints cannot be resumed. "
             "Use shared/runtime/profiles/fsdp2.yaml, zero3.yaml or multi_cpu.yaml."
         )
-    if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def launch_request() -> LaunchRequest:
@@ -96,8 +104,9 @@ def launch_request() -> LaunchRequest:
     engine = next((name for name, flag in ENGINES.items() if os.environ.get(flag, "false").lower() == "true"), None)
     world = int(os.environ["WORLD_SIZE"]) if os.environ.get("WORLD_SIZE") else None
     line = launcher_words()
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     if line is None:
-        return LaunchRequest(processes=world, engine=engine)
+        return LaunchRequest(processes=world, engine=engine, cpu=cpu)
 
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
@@ -113,7 +122,8 @@ def launch_request() -> LaunchRequest:
     elif defaults is not None and not args.multi_gpu:
         asked = str(getattr(defaults.distributed_type, "value", defaults.distributed_type)).upper()
         engine = asked if asked in ENGINES else engine
-    return LaunchRequest(processes if processes and processes > 0 else None, machines, engine)
+    cpu = cpu or args.cpu or bool(getattr(defaults, "use_cpu", False))
+    return LaunchRequest(processes if processes and processes > 0 else None, machines, engine, cpu)
 
 
 def launcher_words() -> list[str] | None:
@@ -158,8 +168,8 @@ def check_processes(processes: int, request: LaunchRequest | None = None) -> Non
     if request.processes is not None and request.processes != processes:
         machines = f" on {request.machines} machines" if (request.machines or 1) > 1 else ""
         raise UserError(
-            f"The launcher was asked for {request.processes} process(es){machines}, but {processes} train(s) together. "
-            "On a machine without accelerator use --config_file shared/runtime/profiles/multi_cpu.yaml "
+            f"The launcher was asked for {request.processes} process(es){machines}, but {processes} train(s) "
+            "together. On a machine without accelerator use --config_file shared/runtime/profiles/multi_cpu.yaml "
             "(--cpu and MULTI_CPU start one process); with DeepSpeed on several machines set "
             "deepspeed_multinode_launcher: standard. Nothing was trained."
         )

@@ -6,6 +6,7 @@ What family a model belongs to and what it needs of its data is not known here: 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from shared.runtime.arguments import ModelArguments
 from shared.runtime.launch import has_accelerator
 
 Head = Literal["image-text-to-text", "causal-lm"]
+HEADS = {"image-text-to-text": "AutoModelForImageTextToText", "causal-lm": "AutoModelForCausalLM"}
 
 
 def model_init_kwargs(args: ModelArguments) -> dict[str, Any]:
@@ -35,12 +37,16 @@ def _quantization(args: ModelArguments):
     import torch
     from transformers import BitsAndBytesConfig
 
+    skipped = None
+    if args.lora_modules_to_save:  # trained in full, so not quantised; nor is the head, which no default spares then
+        skipped = [rf"(.*\.)?{re.escape(name)}(\.|$)" for name in sorted({"lm_head", *args.lora_modules_to_save})]
     if args.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     compute = args.bnb_4bit_compute_dtype or (args.dtype if args.dtype != "auto" else "bfloat16")
     storage = torch.float32 if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not has_accelerator() else None
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=skipped,
         bnb_4bit_quant_type=args.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=getattr(torch, compute),
@@ -120,12 +126,13 @@ def load_model(
     """
     import torch
     import transformers
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     if is_builtin(name):
         from shared.builtin.models import load_model as load_builtin
 
         return load_builtin(name, seed=seed)
-    auto = transformers.AutoModelForImageTextToText if head == "image-text-to-text" else transformers.AutoModelForCausalLM
+    auto = getattr(transformers, HEADS[head])
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     if dtype == "auto" and not frozen and quantization_config is None:
@@ -134,14 +141,20 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-        options.setdefault("device_map", {"": _device()})
+        if not is_deepspeed_zero3_enabled():  # which places the weights itself, and takes no other word for it
+            options.setdefault("device_map", {"": _device()})
     require_available(name, file="config.json", what="model", revision=revision)
     try:
-        return auto.from_pretrained(
+        model = auto.from_pretrained(
             name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(_cannot_load("model", name, error)) from error
+    for module in model.modules():
+        # bitsandbytes re-packs 4-bit weights on the processor at the first evaluation, and cannot train them then
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _device() -> Any:
@@ -164,7 +177,8 @@ def parameter_report(model) -> str:
     trained: dict[str, int] = {}
     total = 0
     for parameter in model.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel())
+        state = getattr(parameter, "quant_state", None)  # 4-bit weights are packed: their own shape is another
+        count = state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
         total += count
         if parameter.requires_grad:
             kind = str(parameter.dtype).removeprefix("torch.")

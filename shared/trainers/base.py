@@ -21,18 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from shared.runtime import checkpoint as checkpoints
-from shared.runtime.fsdp import unused_parameters_allowed
+from shared.runtime.fsdp import reshard, unused_parameters_allowed
 from shared.runtime.launch import check_engine
 from shared.runtime.models import parameter_report
 from shared.runtime.report import RunReport, SampleRow, before_after_table, peak_memory
 from shared.trainers.config import AlignConfig
 from shared.trainers.progress import ProgressBar
+from shared.trainers.watch import Watch
+
+NOTES_LISTED = 20
 
 
 class AlignTrainer(Trainer):
@@ -47,8 +50,10 @@ class AlignTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model: nn.Module, args: AlignConfig, *, callbacks: list[TrainerCallback] | None = None, **kwargs):
-        super().__init__(model=model, args=args, callbacks=[_Watch(self), *(callbacks or [])], **kwargs)
+    def __init__(
+        self, model: nn.Module, args: AlignConfig, *, callbacks: list[TrainerCallback] | None = None, **kwargs: Any
+    ):
+        super().__init__(model=model, args=args, callbacks=[Watch(self), *(callbacks or [])], **kwargs)
         check_engine(self.accelerator.distributed_type.value)
         if self.is_fsdp_enabled:
             self._name_sharded_layers()
@@ -60,6 +65,7 @@ class AlignTrainer(Trainer):
         self.run_options: str | None = None  # YAML of the command line's options, where there was one
         self.report = RunReport(Path(args.output_dir) / "report", title=self.title(), config={})
         self.interruption = checkpoints.Interruption()
+        self.row_notes: dict[int, str] = {}  # training rows that were not used, or not whole
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._totals: dict[str, float] = defaultdict(float)
@@ -108,14 +114,24 @@ class AlignTrainer(Trainer):
                 started = time.perf_counter()
                 output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
                 self._train_seconds = time.perf_counter() - started - self._totals["answer_seconds"]
-                if not self.interruption.received:
+                if not self._agreed_signal():
                     self._answers_after()
+                    self._agreed_signal()
+                self._gather_row_notes()
             except BaseException:
                 self._write_report("failed")
                 raise
         self._write_report("interrupted" if self.interruption.received else "finished")
         self._leave_if_interrupted()
         return output
+
+    def _agreed_signal(self) -> int | None:
+        """The signal that any process has got: all must go on, or end, in the same way."""
+        if self.args.world_size > 1:
+            received = torch.tensor(self.interruption.received or 0, device=self.args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.interruption.received = int(received.item()) or None
+        return self.interruption.received
 
     def _open_run(self, resume: Path | None) -> None:
         args: AlignConfig = self.args
@@ -169,9 +185,23 @@ class AlignTrainer(Trainer):
             training = self.model.training
             self.model.eval()
             answered = self.answer_questions()
+            reshard(self.model)
             self.model.train(training)
         self._totals["answer_seconds"] += time.perf_counter() - started
         return answered
+
+    def _gather_row_notes(self) -> None:
+        if self.args.world_size > 1:
+            notes = gather_object([self.row_notes])
+            self.row_notes = {row: note for each in notes for row, note in each.items()}
+        if self.row_notes:
+            listed = [f"row {row}: {note}" for row, note in sorted(self.row_notes.items())]
+            more = f"; and {len(listed) - NOTES_LISTED:,} more" if len(listed) > NOTES_LISTED else ""
+            shown = "; ".join(listed[:NOTES_LISTED])
+            text = f"{len(listed):,} training rows were not used, or not whole: {shown}{more}"
+            self.report.notes.append(text)
+            if self.args.should_save:
+                print(text, flush=True)
 
     def _write_report(self, status: str) -> None:
         if not self.args.should_save:
@@ -210,6 +240,10 @@ class AlignTrainer(Trainer):
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.discard(path)  # left there by a run that was killed, or that went on from an earlier one
+        self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go when this one is complete
         try:
             super()._save_checkpoint(model, trial)
@@ -217,9 +251,9 @@ class AlignTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             checkpoints.mark_complete(path, step=self.state.global_step, processes=self.args.world_size)
-            checkpoints.rotate(self.args.output_dir, keep=limit, best=self.state.best_model_checkpoint)
+            best = self.state.best_model_checkpoint
+            checkpoints.rotate(self.args.output_dir, keep=limit, spared=[path, *([best] if best else [])])
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -297,43 +331,6 @@ class AlignTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self._drain_metrics()}
         super().log(logs, start_time)
-
-
-class _Watch(TrainerCallback):
-    """The moments of a run at which AlignTrainer acts."""
-
-    def __init__(self, trainer: AlignTrainer):
-        self.trainer = trainer
-        self._pending: Tensor | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._pending = None
-        self.trainer._answers_before()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self._must_stop():
-            control.should_save = not (Path(args.output_dir) / f"checkpoint-{state.global_step}").exists()
-            control.should_training_stop = True
-
-    def _must_stop(self) -> bool:
-        """Whether any process has got a signal. All must stop after the same step, so all ask each other.
-
-        The answer is read one step later: by then it has arrived, and asking costs no waiting.
-        """
-        received = self.trainer.interruption.received
-        if self.trainer.args.world_size == 1:
-            return received is not None
-        last, self._pending = self._pending, torch.tensor(float(received or 0), device=self.trainer.args.device)
-        self._work, work = (
-            torch.distributed.all_reduce(self._pending, torch.distributed.ReduceOp.MAX, async_op=True),
-            getattr(self, "_work", None),
-        )
-        if last is None or work is None:
-            return False
-        work.wait()
-        stop = int(last.item())
-        self.trainer.interruption.received = received or stop or None
-        return stop > 0
 
 
 @contextlib.contextmanager

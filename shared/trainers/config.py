@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers import TrainingArguments
+from transformers.integrations import integration_utils
+from transformers.utils import logging
 
 from shared.errors import UserError
 from shared.runtime.arguments import AlignOptions
@@ -14,6 +16,7 @@ from shared.runtime.launch import (
     check_devices,
     check_processes,
     has_accelerator,
+    launch_request,
     prepare_cpu,
     shard_on_cpu,
 )
@@ -33,19 +36,26 @@ class AlignConfig(AlignOptions, TrainingArguments):
         for name, least in (("check_rows", 0), ("eval_answers", 0), ("max_new_tokens", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"{name} {value}: must be at least {least}.")
-        if not has_accelerator():
-            self.use_cpu = True
+        self.use_cpu = self.use_cpu or not has_accelerator() or launch_request().cpu
+        if self.use_cpu:
             self.dataloader_pin_memory = False
             prepare_cpu()
         check_devices(self.use_cpu)
         self._choose_precision()
+        self._check_trackers()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 0 if self.use_cpu else 4
         given_dir = self.output_dir
         if given_dir is None:
             self.output_dir = default_output_dir(f"runs/{self.run_name_stem}", self.resume_from_checkpoint)
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the rows depends on the number of processes
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False  # each process reads its own share of a stream
         self._join()
+        if self.local_process_index > 0:
+            logging.disable_progress_bar()  # one bar for all
         if given_dir is None:
             self._agree_on_output_dir()
 
@@ -63,12 +73,23 @@ class AlignConfig(AlignOptions, TrainingArguments):
 
         cuda = has_accelerator() and not self.use_cpu
         if self.bf16 is None:
-            self.bf16 = bool(not self.fp16 and cuda and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False))
+            capable = cuda and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+            self.bf16 = bool(capable and not self.fp16)
         elif self.bf16 and cuda and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
             name = torch.cuda.get_device_name()
             raise UserError(f"--bf16: {name} has no bfloat16 arithmetic. Use --fp16 or --no_bf16 (float32).")
         if self.fp16 and not cuda:
             raise UserError("--fp16 needs a GPU. On the processor use --bf16, or leave both out (float32).")
+
+    def _check_trackers(self) -> None:
+        named = {self.report_to} if isinstance(self.report_to, str) else set(self.report_to)
+        known = set(integration_utils.INTEGRATION_TO_CALLBACK)
+        if unknown := named - known - {"none", "all"}:
+            names = ", ".join(sorted(unknown))
+            raise UserError(f"--report_to {names}: not one of none, all, {', '.join(sorted(known))}.")
+        if missing := named - set(integration_utils.get_available_reporting_integrations()) - {"none", "all"}:
+            names = " ".join(sorted(missing))
+            raise UserError(f"--report_to {names}: not installed. Install it (pip install {names}), or leave it out.")
 
     def _join(self) -> None:
         """Form the process group, and see that it is the one that was asked for."""

@@ -21,6 +21,7 @@ from shared.data.rows import Rows
 from shared.objectives.supervised import supervised_loss
 from shared.policies.base import GroupedBatch
 from shared.policies.token import TokenPolicy
+from shared.runtime.fsdp import reshard
 from shared.trainers.base import AlignTrainer, preserved_randomness
 
 
@@ -32,6 +33,8 @@ class OfflineTrainer(AlignTrainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
+        for batch in batches:
+            self.row_notes.update(batch.notes)
         seen = torch.stack([torch.stack([b.counted_tokens(), b.completion_attention.sum()]) for b in batches]).sum(0)
         rows = seen.new_tensor([sum(batch.rows for batch in batches)])
         counted, tokens, samples = self.accelerator.reduce(torch.cat([seen, rows]).to(device).double(), "sum")
@@ -94,20 +97,25 @@ class OfflineTrainer(AlignTrainer):
     def _evaluated_model(self) -> Iterator[nn.Module]:
         """The model as the engine wraps it; wrapped for this evaluation alone where there was no training before."""
         prepared = self.accelerator._models or self.model_wrapped is not self.model
-        if prepared or self.is_in_train or self.args.world_size == 1:
+        if self.is_fsdp_enabled:
+            if not prepared:  # in place and for good; accelerate shards only together with an optimizer
+                idle = torch.optim.SGD(self.model.parameters())
+                self.model = self.model_wrapped = self.accelerator.prepare(self.model, idle)[0]
             yield self.model_wrapped
-        elif self.is_fsdp_enabled:  # in place and for good; accelerate shards only together with an optimizer
-            idle = torch.optim.SGD(self.model.parameters())
-            self.model = self.model_wrapped = self.accelerator.prepare(self.model, idle)[0]
-            yield self.model
+            reshard(self.model)
+        elif prepared or self.is_in_train:
+            yield self.model_wrapped
         elif is_deepspeed_zero3_enabled():
             deepspeed_init(self, num_training_steps=0, inference=True)
             engine = self.accelerator.prepare(self.model)
             yield engine
             engine.destroy()
             self.accelerator.free_memory()
-        else:
-            yield self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        else:  # accelerate's own preparation would mark the model: training would not average its gradients then
+            if self.is_deepspeed_enabled:
+                self.model.to(self.args.device)
+            with self.accelerator.autocast():
+                yield self.model
 
     def evaluation_sums(self, model: nn.Module, batch: GroupedBatch) -> dict[str, Tensor]:
         """Sums over one batch's rows, to be added over batches and processes."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import shared.builtin as builtin
 from shared.builtin import digits, shapes
@@ -166,3 +167,13 @@ def test_the_files_in_the_repository_are_small():
     files = [path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert max(path.stat().st_size for path in files) < 4_000_000
     assert (root / "data" / "DIGITS_LICENSE.txt").read_text().count("CC BY 4.0") == 1
+
+
+def test_the_recipe_names_what_is_there_and_is_left_out_for_other_models():
+    recipe = builtin.recipe("sft_vlm")
+    options = yaml.safe_load(recipe({}).read_text())
+    assert options["model_name_or_path"] in builtin.MODELS
+    assert set(options["dataset_name"]) <= set(builtin.DATASETS)
+    rows = sum(len(builtin.load_dataset(name, "test")) for name in options["dataset_name"])
+    assert options["eval_answers"] == rows  # the table it ends with counts every held-out row
+    assert recipe({"model_name_or_path": "someone/else"}) is None

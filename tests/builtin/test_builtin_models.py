@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 
 from shared import builtin
 from shared.builtin import make
@@ -94,6 +95,13 @@ def test_the_generation_prompt_is_how_an_answer_starts(processor, row):
 def test_any_text_survives_the_tokenizer(processor, text):
     ids = processor.tokenizer(text)["input_ids"]
     assert processor.tokenizer.decode(ids) == text
+
+
+def test_the_longest_answer_fits_the_recipe(processor):
+    options = yaml.safe_load((builtin.RECIPES / "sft_vlm.yaml").read_text())
+    answers = [row[1]["content"][0]["text"] for row in builtin.load_dataset("builtin/shapes", "train")["messages"]]
+    longest = max(len(ids) for ids in processor.tokenizer([f"{answer}<end>" for answer in answers])["input_ids"])
+    assert longest <= options["max_new_tokens"]
 
 
 def test_the_words_of_the_built_in_questions_are_short(processor):

@@ -58,7 +58,7 @@ def engine(folder: Path) -> dict:
     """Train six steps with a checkpoint in the middle; then again from that checkpoint."""
     import torch
 
-    first = trainer(folder)
+    first = trainer(folder, eval_strategy="steps", eval_steps=3)
     first.train()
     facts = describe(first)
     facts["metrics"] = {k: v for k, v in first.evaluate().items() if "runtime" not in k and "per_second" not in k}
@@ -67,7 +67,7 @@ def engine(folder: Path) -> dict:
     whole = full_weights(first)
     facts["ranks_agree"] = len(set(gathered(digest(whole)))) == 1
 
-    again = trainer(folder)
+    again = trainer(folder, eval_strategy="steps", eval_steps=3)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     resumed = full_weights(again)
     facts["resumed_from"] = STEPS - len([e for e in again.state.log_history if "loss" in e and e["step"] > 3])
@@ -114,6 +114,9 @@ TASKS = {"engine": engine, "adapter": adapter, "accumulation": accumulation, "ev
 def describe(run) -> dict:
     from torch.distributed.tensor import DTensor
 
+    from shared.runtime.fsdp import reshard
+
+    reshard(run.model_wrapped)
     parameters = list(run.model_wrapped.parameters())
     return {
         "engine": run.accelerator.distributed_type.value,
@@ -129,7 +132,7 @@ def describe(run) -> dict:
             else p.to_local().numel() if isinstance(p, DTensor) else p.numel()
             for p in parameters
         ),
-        "answers": [sample.after for sample in run.report.samples],
+        "answers": [(sample.before, sample.after) for sample in run.report.samples],
     }  # fmt: skip
 
 
@@ -141,6 +144,9 @@ def full_weights(run) -> dict:
     """Every weight, whole, on every process."""
     from torch.distributed.tensor import DTensor
 
+    from shared.runtime.fsdp import reshard
+
+    reshard(run.model)
     if any(hasattr(p, "ds_id") for p in run.model.parameters()):
         import deepspeed
 

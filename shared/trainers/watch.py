@@ -1,0 +1,48 @@
+"""When a run acts between its steps: before the first one, and when a signal asks it to stop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from shared.trainers.base import AlignTrainer
+
+
+class Watch(TrainerCallback):
+    """The moments of a run at which AlignTrainer acts."""
+
+    def __init__(self, trainer: AlignTrainer):
+        self.trainer = trainer
+        self._pending: Tensor | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._pending = None
+        self.trainer._answers_before()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._must_stop():
+            control.should_save = control.should_training_stop = True
+
+    def _must_stop(self) -> bool:
+        """Whether any process has got a signal. All must stop after the same step, so all ask each other.
+
+        The answer is read one step later: by then it has arrived, and asking costs no waiting.
+        """
+        received = self.trainer.interruption.received
+        if self.trainer.args.world_size == 1:
+            return received is not None
+        last, self._pending = self._pending, torch.tensor(float(received or 0), device=self.trainer.args.device)
+        self._work, work = (
+            torch.distributed.all_reduce(self._pending, torch.distributed.ReduceOp.MAX, async_op=True),
+            getattr(self, "_work", None),
+        )
+        if last is None or work is None:
+            return False
+        work.wait()
+        stop = int(last.item())
+        self.trainer.interruption.received = received or stop or None
+        return stop > 0
