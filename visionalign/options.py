@@ -32,9 +32,7 @@ class VLMSFTOptions(AlignOptions):
     freeze_language_model: bool = option(False, "Leave the language model as it is.")
     vision_learning_rate: float | None = option(None, "Learning rate of the vision tower. Unset: learning_rate.")
     projector_learning_rate: float | None = option(None, "Learning rate of the projector. Unset: learning_rate.")
-    language_learning_rate: float | None = option(
-        None, "Learning rate of the language model. Unset: learning_rate."
-    )
+    language_learning_rate: float | None = option(None, "Learning rate of the language model. Unset: learning_rate.")
     model_init_kwargs: dict[str, Any] | None = option(
         None, "Further arguments of from_pretrained, as JSON, where the model is given by name."
     )

@@ -67,9 +67,7 @@ class Reader:
             text = self.image_token * len(conversation.images) + prefix
             return self._placed(conversation, Item(conversation.row, text, suffix=suffix, counted=counted))
         rendered = self._render(conversation, loss_on=self.loss_on)
-        return self._placed(
-            conversation, Item(conversation.row, rendered.text, spans=rendered.spans, counted=counted)
-        )
+        return self._placed(conversation, Item(conversation.row, rendered.text, spans=rendered.spans, counted=counted))
 
     def ask(self, row: dict[str, Any], position: int) -> tuple[Item, str]:
         """The row up to the answer that the model is to give, and that answer. Raises DataError."""
@@ -115,18 +113,14 @@ class Reader:
                 f"place{'' if places == 1 else 's'} ({token}) in the rendered text. Neither a text that holds {token} "
                 "itself nor a chat template that leaves images out can be used."
             )
-        item.images = [
-            decode_image(raw, row=item.row, max_pixels=self.max_pixels) for raw in conversation.images
-        ]
+        item.images = [decode_image(raw, row=item.row, max_pixels=self.max_pixels) for raw in conversation.images]
         bos = self.bos
         if self.family.bos_in_text and bos and bos not in item.text:
             at = 0
             while item.text.startswith(token, at):
                 at += len(token)
             item.text = item.text[:at] + bos + item.text[at:]
-            item.spans = [
-                (start + len(bos) * (start >= at), end + len(bos) * (end > at)) for start, end in item.spans
-            ]
+            item.spans = [(start + len(bos) * (start >= at), end + len(bos) * (end > at)) for start, end in item.spans]
         return item
 
 

@@ -92,9 +92,7 @@ def token_ranges(offsets: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
         offsets: `(start, end)` characters of each real token, in order; padding left out.
         spans: character spans.
     """
-    return [
-        (bisect_right(offsets, start, key=_end), bisect_left(offsets, end, key=_start)) for start, end in spans
-    ]
+    return [(bisect_right(offsets, start, key=_end), bisect_left(offsets, end, key=_start)) for start, end in spans]
 
 
 def token_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:

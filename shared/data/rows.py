@@ -20,9 +20,7 @@ class Rows(Dataset):
         left_out: row number -> why it is not among them.
     """
 
-    def __init__(
-        self, dataset: Any, kept: Sequence[int] | None = None, left_out: Mapping[int, str] | None = None
-    ):
+    def __init__(self, dataset: Any, kept: Sequence[int] | None = None, left_out: Mapping[int, str] | None = None):
         self.dataset = dataset
         self.kept = kept
         self.left_out = dict(left_out or {})

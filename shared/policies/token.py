@@ -116,9 +116,7 @@ class TokenPolicy:
         def on_grid(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-        return LogProbs(
-            on_grid(stats.logp), mask.to(stats.logp.dtype), on_grid(stats.entropy), on_grid(stats.correct)
-        )
+        return LogProbs(on_grid(stats.logp), mask.to(stats.logp.dtype), on_grid(stats.entropy), on_grid(stats.correct))
 
     @staticmethod
     def _counted(mask: Tensor, *, whole: bool = False) -> Tensor:
@@ -155,9 +153,7 @@ class TokenPolicy:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         if dtype not in (torch.bfloat16, torch.float16):
             return extras
-        return {
-            k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in extras.items()
-        }
+        return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in extras.items()}
 
     @torch.no_grad()
     def _agrees(self, model: nn.Module, targets: Tensor) -> bool:

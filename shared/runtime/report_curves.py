@@ -198,7 +198,7 @@ def _svg(title: str, series: Sequence[Series], unit: str) -> str:
     drawn = "".join(_lines(place, one, across, upward) for place, one in enumerate(series))
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(readable(title))} by step">'
-        f'{_axes(across, upward, label)}{drawn}</svg>'
+        f"{_axes(across, upward, label)}{drawn}</svg>"
     )
 
 

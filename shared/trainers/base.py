@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
+from shared.errors import DataError
 from shared.runtime import checkpoint as checkpoints
 from shared.runtime.fsdp import reshard, unused_parameters_allowed
 from shared.runtime.launch import check_engine
@@ -118,7 +119,8 @@ class AlignTrainer(Trainer):
                     self._answers_after()
                     self._agreed_signal()
                 self._gather_row_notes()
-            except BaseException:
+            except BaseException as error:
+                self._save_what_is_done(error)
                 self._write_report("failed")
                 raise
         self._write_report("interrupted" if self.interruption.received else "finished")
@@ -227,6 +229,18 @@ class AlignTrainer(Trainer):
     def _how_to_resume(self) -> str:
         folder = self.args.output_dir
         return f"Go on with: the same command plus --output_dir {folder} --resume_from_checkpoint true"
+
+    def _save_what_is_done(self, error: BaseException) -> None:
+        """A row that cannot be used, found in mid-training, costs no finished step.
+
+        Not with several processes: the others are at work on a step that this one will never join.
+        """
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressBar):
+                callback.close()
+        if isinstance(error, DataError) and self.args.world_size == 1 and self.state.global_step > 0:
+            self._save_checkpoint(self.model_wrapped, None)
+            print(f"Saved at step {self.state.global_step}. {self._how_to_resume()}", flush=True)
 
     def _leave_if_interrupted(self) -> None:
         if not self.interruption.received:

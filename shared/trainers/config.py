@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.utils import logging
@@ -69,8 +71,6 @@ class AlignConfig(AlignOptions, TrainingArguments):
         check_output_dir(self.output_dir, resuming=resume is not None, overwrite=self.overwrite_output_dir)
 
     def _choose_precision(self) -> None:
-        import torch
-
         cuda = has_accelerator() and not self.use_cpu
         if self.bf16 is None:
             capable = cuda and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
@@ -94,6 +94,13 @@ class AlignConfig(AlignOptions, TrainingArguments):
     def _join(self) -> None:
         """Form the process group, and see that it is the one that was asked for."""
         _ = self.device  # makes torch.distributed's process group
+        if self.n_gpu > 1:
+            self._n_gpu = 1  # torch.nn.DataParallel cannot split a batch of ours, and one process a GPU is faster
+            warnings.warn(
+                f"This machine shows {torch.cuda.device_count()} GPUs and one is used. To use all: accelerate launch "
+                "--config_file shared/runtime/profiles/multi_gpu.yaml --num_processes …",
+                stacklevel=4,
+            )
         shard_on_cpu()
         check_processes(self.world_size)
 

@@ -37,9 +37,9 @@ class OfflineTrainer(AlignTrainer):
             self.row_notes.update(batch.notes)
         seen = torch.stack([torch.stack([b.counted_tokens(), b.completion_attention.sum()]) for b in batches]).sum(0)
         rows = seen.new_tensor([sum(batch.rows for batch in batches)])
-        counted, tokens, samples = self.accelerator.reduce(torch.cat([seen, rows]).to(device).double(), "sum")
+        counted, tokens, samples = self.accelerator.reduce(torch.cat([seen, rows]).to(device), "sum")
         self._seen = getattr(self, "_seen", 0) + torch.stack([tokens, samples])
-        return batches, counted.clamp(min=1.0)
+        return batches, counted.clamp(min=1)
 
     def _write_report(self, status: str) -> None:
         if hasattr(self, "_seen"):
@@ -147,7 +147,7 @@ class SupervisedTrainer(OfflineTrainer):
         num_items_in_batch: Tensor | None = None,
     ):
         """This micro-batch's share of the step's mean loss per counted token, times the number of processes."""
-        weight = (self.args.world_size / num_items_in_batch).float()
+        weight = self.args.world_size / num_items_in_batch
         loss, stats = self.policy.token_objective(
             model, inputs, lambda logp, at: self.objective(logp) * weight, entropy=self._logs_this_step()
         )

@@ -18,6 +18,11 @@ class ProgressBar(ProgressCallback):
             self.training_bar.update(state.global_step)
             self.current_step = state.global_step
 
+    def close(self) -> None:
+        """End the bar where training ends by an error."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None:
             return

@@ -17,10 +17,10 @@ class Watch(TrainerCallback):
 
     def __init__(self, trainer: AlignTrainer):
         self.trainer = trainer
-        self._pending: Tensor | None = None
+        self._asked: tuple[Tensor, torch.distributed.Work] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._pending = None
+        self._asked = None
         self.trainer._answers_before()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -35,14 +35,12 @@ class Watch(TrainerCallback):
         received = self.trainer.interruption.received
         if self.trainer.args.world_size == 1:
             return received is not None
-        last, self._pending = self._pending, torch.tensor(float(received or 0), device=self.trainer.args.device)
-        self._work, work = (
-            torch.distributed.all_reduce(self._pending, torch.distributed.ReduceOp.MAX, async_op=True),
-            getattr(self, "_work", None),
-        )
-        if last is None or work is None:
+        said = torch.tensor(float(received or 0), device=self.trainer.args.device)
+        work = torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, async_op=True)
+        before, self._asked = self._asked, (said, work)
+        if before is None:
             return False
-        work.wait()
-        stop = int(last.item())
+        before[1].wait()
+        stop = int(before[0].item())
         self.trainer.interruption.received = received or stop or None
         return stop > 0

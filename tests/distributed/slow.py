@@ -1,6 +1,6 @@
 """Run a script with slow steps and slow saving, so that a test can meet it in the middle of either.
 
-    slow.py SECONDS_A_STEP SECONDS_A_SAVE SCRIPT OPTIONS...
+slow.py SECONDS_A_STEP SECONDS_A_SAVE SCRIPT OPTIONS...
 """
 
 import runpy

@@ -11,7 +11,14 @@ from PIL import Image
 from shared.runtime.command import run_command
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sft_vlm.py"
-QUICK = "--max_steps 1 --per_device_train_batch_size 2 --eval_answers 0 --disable_tqdm --output_dir out".split()
+QUICK = [
+    "--max_steps=1",
+    "--per_device_train_batch_size=2",
+    "--eval_answers=0",
+    "--disable_tqdm",
+    "--output_dir",
+    "out",
+]
 
 
 @pytest.fixture
@@ -93,6 +100,19 @@ def test_bad_rows_can_be_left_out_and_are_listed(case, run, tmp_path):
     assert status == 0 and "5 of 6 rows" in said and "1 left out" in said and message.split(":")[0] in said
     notes = json.loads((tmp_path / "out" / "report" / "report.json").read_text())["notes"]
     assert any("row 2: left out" in note for note in notes)
+
+
+def test_a_bad_row_found_in_mid_training_costs_no_step(run, tmp_path):
+    name = write(tmp_path, [*[row() for _ in range(15)], row(image="cut.png")])
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    for workers in ("0", "2"):
+        status, said = run(
+            "--dataset_name", name, "--check_rows", "0", "--dataloader_num_workers", workers, "--max_steps", "30",
+                "--per_device_train_batch_size=1", "--eval_answers=0", "--output_dir", f"out{workers}", "--seed", "3",
+        )  # fmt: skip
+        assert status == 2 and "error: row 15: image" in said and "Traceback" not in said
+        saved = list((tmp_path / f"out{workers}").glob("checkpoint-*/complete.json"))
+        assert saved and "Saved at step" in said
 
 
 def test_data_that_cannot_be_used_at_all(run, tmp_path):

@@ -48,7 +48,13 @@ def assert_same(left, right):
 
 def test_the_loss_falls_and_the_report_says_so(rows, held_out, tmp_path):
     args = config(
-        tmp_path, max_steps=20, learning_rate=4e-3, logging_steps=5, eval_strategy="steps", eval_steps=10, eval_answers=6
+        tmp_path,
+        max_steps=20,
+        learning_rate=4e-3,
+        logging_steps=5,
+        eval_strategy="steps",
+        eval_steps=10,
+        eval_answers=6,
     )
     trainer = trained(args, rows, eval_dataset=held_out)
     report = json.loads((tmp_path / "report" / "report.json").read_text())
