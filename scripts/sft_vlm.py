@@ -10,17 +10,18 @@ With no arguments: the built-in small model on the built-in shapes and digits, a
         --use_peft --lora_r 16 --lora_target_modules all-linear --load_in_4bit --dtype bfloat16 --output_dir out
 """
 
+from shared.builtin import recipe
 from shared.runtime.arguments import DataArguments, ModelArguments
-from shared.runtime.command import run_command
+from shared.runtime.command import defaults_of, run_command
 from shared.runtime.parser import parse_arguments
 from visionalign.options import VLMSFTOptions
 
 
 def main() -> None:
-    from shared.builtin import recipe
-
     options = parse_arguments(
-        [ModelArguments, DataArguments, VLMSFTOptions], description=__doc__, recipe=recipe("sft_vlm")
+        [ModelArguments, DataArguments, VLMSFTOptions],
+        description=__doc__,
+        recipe=defaults_of("sft_vlm", recipe("sft_vlm")),
     )
     model, data = options.build(ModelArguments), options.build(DataArguments)
 

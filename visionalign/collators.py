@@ -112,8 +112,11 @@ class VLMCollator:
         """
         numbers = [row_number(row, at) for at, row in enumerate(rows)]
         result: list[Item] | GroupedBatch = self._sift(numbers, lambda at: self.reader.read(rows[at], at))
+        spent = False
         while isinstance(result, list):
-            if not result:
+            if not result and self.on_bad_row == "skip" and not (self.family.prefix_suffix or spent):
+                spent, result = True, [self.reader.blank()]  # of which nothing is learnt: the step goes on without
+            elif not result:
                 reasons = "; ".join(self.skipped[number] for number in numbers if number in self.skipped)
                 raise DataError(f"No row of a batch can be used: {reasons}")
             result = self._attempt(result)

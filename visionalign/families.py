@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import UserError
@@ -83,6 +83,15 @@ _IDEFICS_STRUCTURE = (
     *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
 )
 
+_QWEN2 = Family(
+    "qwen2_vl",
+    vision_tower=_QWEN_TOWER,
+    projector=("model.visual.merger",),
+    index=_QWEN_INDEX,
+    structure=_QWEN_STRUCTURE,
+    video=True,
+)
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -114,22 +123,8 @@ FAMILIES: dict[str, Family] = {
             structure=("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
             images_per_row=True,
         ),
-        Family(
-            "qwen2_vl",
-            vision_tower=_QWEN_TOWER,
-            projector=("model.visual.merger",),
-            index=_QWEN_INDEX,
-            structure=_QWEN_STRUCTURE,
-            video=True,
-        ),
-        Family(
-            "qwen2_5_vl",
-            vision_tower=_QWEN_TOWER,
-            projector=("model.visual.merger",),
-            index=_QWEN_INDEX,
-            structure=_QWEN_STRUCTURE,
-            video=True,
-        ),
+        _QWEN2,
+        replace(_QWEN2, name="qwen2_5_vl"),
         Family(
             "qwen3_vl",
             vision_tower=_QWEN_TOWER,

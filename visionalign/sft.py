@@ -6,6 +6,7 @@ the assistant's tokens alone unless asked otherwise. Video and packing are not h
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from shared.data.rows import ROW, Rows, with_row_numbers
 from shared.data.schema import Kind, check_rows, decode_image, detect_kind, to_conversation, undecoded
@@ -20,6 +22,7 @@ from shared.errors import DataError, UserError
 from shared.policies.token import TokenPolicy
 from shared.runtime.adapters import attach_adapter
 from shared.runtime.generation import greedy_answers
+from shared.runtime.launch import on_first_process
 from shared.runtime.models import load_config, load_model, load_processor
 from shared.runtime.report import SampleRow
 from shared.trainers.config import AlignConfig
@@ -44,12 +47,12 @@ class VLMSFTTrainer(SupervisedTrainer):
     Args:
         model: hub id, folder or built-in name, or a loaded model (a PEFT model too).
         args: options; `VLMSFTConfig()` where None.
-        data_collator: rows -> GroupedBatch; a VLMCollator with the options of `args` where None.
+        data_collator: a VLMCollator, or what gives batches and prompts as it does; one by `args` where None.
         train_dataset: rows with `messages`, or `prompt` and `completion`, and `images` (or `image`).
-        eval_dataset: held-out rows of the same kind.
+        eval_dataset: held-out rows of the same kind, or several sets by name.
         processing_class: the model's processor; loaded beside a model that is given by name.
-        peft_config: puts this adapter on the model; a folder or hub id of an adapter goes on training that one.
         callbacks, optimizers: as transformers.Trainer.
+        peft_config: puts this adapter on the model; a folder or hub id of an adapter goes on training that one.
 
     Raises:
         UserError: a text-only model, a processor without chat template.
@@ -68,17 +71,44 @@ class VLMSFTTrainer(SupervisedTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: ProcessorMixin | None = None,
-        peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
     ):
         args = VLMSFTConfig() if args is None else args
+        if not isinstance(args, VLMSFTConfig):
+            raise UserError(f"args is a {type(args).__name__}; give a VLMSFTConfig, which takes the same options.")
+        if data_collator is not None and not hasattr(data_collator, "encode_prompts"):
+            raise UserError(
+                "data_collator must be a VLMCollator or work as it does. Leave it out: the trainer's own processes "
+                "images and masks labels by the model's family."
+            )
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise UserError(
+                f"eval_strategy is {args.eval_strategy.value}, but there are no held-out rows. Give eval_dataset (on "
+                "the command line a data set with a test split, or --eval_fraction), or set eval_strategy to no."
+            )
         options = dict(args.model_init_kwargs or {})
         hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
         self.family = family_of(load_config(model, **hub) if isinstance(model, str) else model.config)
         if processing_class is None:
-            processing_class = load_processor(model if isinstance(model, str) else model.config._name_or_path, **hub)
+            name = model if isinstance(model, str) else model.config._name_or_path
+            if not name:
+                raise UserError("processing_class is missing: this model does not say where its processor is.")
+            processing_class = load_processor(name, **hub)
+        if args.should_log:
+            print(
+                f"model: {model if isinstance(model, str) else type(model).__name__} ({self.family.name})", flush=True
+            )
         train, held_out, kind = _checked_rows(train_dataset, eval_dataset, args)
+        if not isinstance(train, Rows) and args.max_steps <= 0:
+            raise UserError("max_steps is missing: a stream does not say how many rows it has, so give the steps.")
+        step = args.per_device_train_batch_size * args.world_size
+        if args.dataloader_drop_last and isinstance(train, Rows) and len(train) < step:
+            raise UserError(
+                f"dataloader_drop_last: {len(train)} rows do not fill a batch of {step}, so no step would be trained. "
+                "Leave the option out, or make the batch smaller."
+            )
         if data_collator is None:
             data_collator = VLMCollator(
                 processing_class,
@@ -89,7 +119,7 @@ class VLMSFTTrainer(SupervisedTrainer):
                 max_pixels=args.max_pixels,
                 on_bad_row=args.on_bad_row,
                 pad_to_multiple_of=args.pad_to_multiple_of,
-                always_image=args.world_size > 1,
+                always_image=_shards_the_model(),
             )
         if isinstance(train, Rows) and args.on_bad_row == "error":
             data_collator([train[i] for i in range(min(2, len(train)))])  # a mistake in every row shows here
@@ -134,6 +164,8 @@ class VLMSFTTrainer(SupervisedTrainer):
     def answer_questions(self) -> tuple[dict[str, float], list[SampleRow]] | None:
         """Answers of evenly spaced held-out rows; accuracy is the share answered word for word, by `kind`."""
         rows = self.eval_dataset
+        if isinstance(rows, dict):
+            rows = next(iter(rows.values()), None)
         if not isinstance(rows, Rows) or self.args.eval_answers < 1:
             return None
         count = min(self.args.eval_answers, len(rows))
@@ -196,7 +228,7 @@ def _loss_on(args: VLMSFTConfig, kind: Kind) -> str:
     return "completion" if kind == Kind.PROMPT_COMPLETION else "assistant"
 
 
-def _checked_rows(train: Any, held_out: Any, args: VLMSFTConfig) -> tuple[Any, Rows | None, Kind]:
+def _checked_rows(train: Any, held_out: Any, args: VLMSFTConfig) -> tuple[Any, Any, Kind]:
     """Rows that can be used, and what kind they are."""
     if train is None:
         raise UserError("train_dataset is missing: give the rows to train on.")
@@ -204,16 +236,34 @@ def _checked_rows(train: Any, held_out: Any, args: VLMSFTConfig) -> tuple[Any, R
     images = sys.maxsize if args.check_rows is None else args.check_rows
 
     def checked(rows: Any, what: str) -> Any:
-        report = check_rows(rows, kind, on_bad_row=args.on_bad_row, check_images=images, what=what)
+        report = on_first_process(
+            lambda: check_rows(rows, kind, on_bad_row=args.on_bad_row, check_images=images, what=what)
+        )
         if args.should_log:
             print(report.summary(what), flush=True)
         rows = undecoded(rows)
         return Rows(rows, report.kept, report.bad) if hasattr(rows, "__len__") else with_row_numbers(rows)
 
-    return checked(train, "train"), None if held_out is None else checked(held_out, "eval"), kind
+    def checked_held_out(rows: Any, what: str) -> Rows:
+        if not hasattr(rows, "__len__"):  # an evaluation goes over all its rows: a stream is read once, into memory
+            rows = list(undecoded(rows))
+        return checked(rows, what)
+
+    if isinstance(held_out, dict):
+        return checked(train, "train"), {name: checked_held_out(rows, name) for name, rows in held_out.items()}, kind
+    return checked(train, "train"), None if held_out is None else checked_held_out(held_out, "eval"), kind
+
+
+def _shards_the_model() -> bool:
+    """Whether each process holds a part of the vision tower only, so that all must run it in every step."""
+    return is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _kind(rows: Any) -> Kind:
+    if isinstance(rows, dict):
+        raise UserError(
+            f"train_dataset holds the splits {', '.join(map(str, rows))}: give one, data['train'] for one."
+        )
     first = next(iter(rows), None)
     if first is None:
         raise DataError("The data set is empty: it has no row to train on.")

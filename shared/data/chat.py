@@ -95,14 +95,6 @@ def token_ranges(offsets: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
     return [(bisect_right(offsets, start, key=_end), bisect_left(offsets, end, key=_start)) for start, end in spans]
 
 
-def token_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
-    """1 for each token that overlaps one of the character spans, 0 for the others."""
-    mask = [0] * len(offsets)
-    for first, last in token_ranges(offsets, spans):
-        mask[first:last] = [1] * (last - first)
-    return mask
-
-
 def _start(offset: Span) -> int:
     return offset[0]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.errors import UserError
 from shared.objectives.logprobs import HeadTransform, TokenStats, head_log_probs, head_objective
 from shared.policies.base import GroupedBatch, LogProbs
 
@@ -35,6 +37,7 @@ class HeadCall:
     transform: HeadTransform
     objective: TokenObjective | None = None
     entropy: bool = False
+    autocast: bool = False  # said by the head: whether it ran in half precision
 
 
 def head_transform(config: Any, *, temperature: float = 1.0) -> HeadTransform:
@@ -86,6 +89,11 @@ class TokenPolicy:
 
     def __init__(self, model: nn.Module, *, temperature: float = 1.0):
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if getattr(inner.config.get_text_config(), "output_router_logits", False):
+            raise UserError(
+                "The model's configuration asks for the router's auxiliary loss (output_router_logits), which is not "
+                "part of the objectives here. Set output_router_logits to False."
+            )
         self.transform = head_transform(inner.config, temperature=temperature)
         self.fused = _teach(inner)
         self._checked = not self.fused
@@ -172,7 +180,7 @@ class TokenPolicy:
         ours = model(**inputs, head_call=call)[1].float()
         model.train(training)
         half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
-        tolerance = 0.25 if half or torch.is_autocast_enabled(own.device.type) else 1e-3
+        tolerance = 0.25 if half or call.autocast else 1e-3
         agrees = bool((own - ours).abs().max() <= tolerance)
         if not agrees:
             logger.warning(
@@ -183,51 +191,75 @@ class TokenPolicy:
 
 
 def _teach(inner: nn.Module) -> bool:
-    """Teach a model and its head to answer a HeadCall; False where their shape does not allow it.
+    """Teach a model to answer a HeadCall; False where its shape does not allow it.
 
-    The forward of the model is wrapped rather than its class replaced: saving, generation, PEFT and the engines go on
-    seeing the transformers model.
+    The forward of the instance is wrapped rather than its class replaced: saving, generation, PEFT and the engines go
+    on seeing the transformers model. What is wrapped belongs to `self`, so that a deep copy runs on its own weights.
     """
-    head = inner.get_output_embeddings()
-    linear = _plain_linear(head)
     body = getattr(inner, inner.base_model_prefix, None)
-    if linear is None or body is None or body is inner:
+    if body is None or body is inner or not _linears(inner.get_output_embeddings()):
         return False
-    if getattr(inner, "taught_head_call", False):
-        return True
 
-    model_forward, head_forward = inner.forward, linear.forward
+    def wrap(plain: Callable) -> Callable:
+        @functools.wraps(plain)
+        def forward(self: nn.Module, *args: Any, head_call: HeadCall | None = None, **kwargs: Any):
+            if head_call is None:
+                return plain(self, *args, **kwargs)
+            hidden = getattr(self, self.base_model_prefix)(*args, **kwargs)[0]
+            head = self.get_output_embeddings()
+            for linear in _linears(head):  # here, since an adapter or more tokens may have brought another one
+                _wrap_forward(linear, _head_forward)
+            return head(hidden.flatten(0, 1)[head_call.index], head_call=head_call)
 
-    @functools.wraps(model_forward)
-    def forward(*args: Any, head_call: HeadCall | None = None, **kwargs: Any):
-        if head_call is None:
-            return model_forward(*args, **kwargs)
-        hidden = body(*args, **kwargs)[0]
-        return head(hidden.flatten(0, 1)[head_call.index], head_call=head_call)
+        return forward
 
-    @functools.wraps(head_forward)
-    def apply_head(hidden: Tensor, *args: Any, head_call: HeadCall | None = None, **kwargs: Any):
-        if head_call is None:
-            return head_forward(hidden, *args, **kwargs)
-        options = {"bias": linear.bias, "transform": head_call.transform, "entropy": head_call.entropy}
-        if head_call.objective is None:
-            stats = head_log_probs(hidden, linear.weight, head_call.targets, **options)
-            loss = stats.logp.new_zeros(())
-        else:
-            loss, stats = head_objective(hidden, linear.weight, head_call.targets, head_call.objective, **options)
-        return loss, stats.logp, stats.entropy, stats.correct
-
-    inner.forward, linear.forward = forward, apply_head
-    inner.taught_head_call = True
+    _wrap_forward(inner, wrap)
     return True
 
 
-def _plain_linear(head: nn.Module | None) -> nn.Linear | None:
-    """The linear layer behind a head, also where PEFT trains a copy of it; None for any other kind of head."""
-    if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters"):
-        copies = [head.modules_to_save[name] for name in head.active_adapters if name in head.modules_to_save]
-        head = copies[0] if len(copies) == 1 else None
-    return head if type(head) is nn.Linear else None
+def _head_forward(plain: Callable) -> Callable:
+    @functools.wraps(plain)
+    def forward(self: nn.Linear, hidden: Tensor, head_call: HeadCall | None = None):
+        if head_call is None:
+            return plain(self, hidden)
+        head_call.autocast = torch.is_autocast_enabled(hidden.device.type)
+        options = {"bias": self.bias, "transform": head_call.transform, "entropy": head_call.entropy}
+        if head_call.objective is None:
+            stats = head_log_probs(hidden, self.weight, head_call.targets, **options)
+            loss = stats.logp.new_zeros(())
+        else:
+            loss, stats = head_objective(hidden, self.weight, head_call.targets, head_call.objective, **options)
+        return loss, stats.logp, stats.entropy, stats.correct
+
+    return forward
+
+
+def _wrap_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
+    """Put `wrap(forward)` in the place of a module's forward, once."""
+    own = module.forward
+    if getattr(own, "takes_head_call", False):
+        return
+    if getattr(own, "__self__", None) is module:
+        plain = own.__func__
+    else:  # put there by somebody else, already bound
+
+        @functools.wraps(own)
+        def plain(_: nn.Module, *args: Any, **kwargs: Any):
+            return own(*args, **kwargs)
+
+    forward = wrap(plain)
+    forward.takes_head_call = True
+    module.forward = types.MethodType(forward, module)
+
+
+def _linears(head: nn.Module | None) -> list[nn.Linear]:
+    """The linear layers behind a head, where PEFT trains a copy of it both; empty for any other kind of head."""
+    found = [head]
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        found = [head.original_module, *head.modules_to_save.values()]
+    # neither a quantised layer nor one with an adapter beside it: those are more than a matrix product
+    plain = (isinstance(m, nn.Linear) and type(m).__name__.removeprefix("FSDP") == "Linear" for m in found)
+    return found if all(plain) else []
 
 
 def _from_logits(logits: Tensor, call: HeadCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -238,5 +270,5 @@ def _from_logits(logits: Tensor, call: HeadCall) -> tuple[Tensor, Tensor, Tensor
     correct = logp_all.detach().argmax(-1) == call.targets
     if call.objective is None:
         return logp.new_zeros(()), logp, entropy, correct
-    loss = call.objective(logp, slice(0, logp.shape[0])).sum() + 0.0 * logits.sum()
+    loss = call.objective(logp, slice(0, logp.shape[0])).sum()
     return loss, logp.detach(), entropy, correct

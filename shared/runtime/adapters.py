@@ -81,8 +81,14 @@ def attach_adapter(
     Raises:
         UserError: the adapter's targets match no module, or the folder holds no adapter.
     """
+    for module in model.modules():
+        # bitsandbytes re-packs 4-bit weights on the processor at the first evaluation, and cannot train them then
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if config is None and path is None:
         return model
+    if hasattr(model, "peft_config"):
+        raise UserError("The model has an adapter already: leave peft_config out to train it, or give the base model.")
     import torch
     from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 

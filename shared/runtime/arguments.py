@@ -27,7 +27,9 @@ class ModelArguments:
     model_name_or_path: str | None = option(None, "Model to train: a hub id, a local folder or a built-in name.")
     model_revision: str = option("main", "Branch, tag or commit of the model on the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Number type that the weights are loaded in; auto takes the one that they were saved in."
+        "auto",
+        "Number type that the weights are held in; auto: float32 for weights that are trained, the one that they were "
+        "saved in under an adapter.",
     )
     attn_implementation: str | None = option(
         None, "Attention kernel: eager, sdpa, flash_attention_2, … Unset: transformers chooses."

@@ -56,6 +56,19 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def processes_of(checkpoint: Path) -> int | None:
+    """How many processes wrote a checkpoint; None where its mark does not say."""
+    try:
+        return json.loads((checkpoint / MARK).read_text(encoding="utf-8")).get("processes")
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
 def rotate(output_dir: str | Path, *, keep: int | None, spared: Sequence[str | Path] = ()) -> None:
     """Delete all but the `keep` newest complete checkpoints and those spared; incomplete older ones go too."""
     found = checkpoints(output_dir)

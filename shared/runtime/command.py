@@ -7,15 +7,41 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
 
 from shared.errors import UserError
+from shared.runtime.checkpoint import default_output_dir
 from shared.runtime.launch import launcher_words, quiet_libraries
 
 USER_ERROR = 2
 INTERRUPTED = 130
 GRACE = 5.0  # seconds that the other processes leave to the first one to say what is wrong
+
+
+def defaults_of(
+    script: str, recipe: Callable[[Mapping[str, Any]], Path | None]
+) -> Callable[[Mapping[str, Any]], Path | None]:
+    """Where a script's options come from when they are not given: the run that is resumed, or else the recipe.
+
+    Args:
+        script: the script's name, which names the folder of a run that is given none.
+        recipe: given options -> a YAML file with defaults, or None.
+
+    Returns:
+        What `parse_arguments` takes as `recipe`.
+    """
+
+    def find(given: Mapping[str, Any]) -> Path | None:
+        resume = given.get("resume_from_checkpoint")
+        if resume not in (None, False, "false", "False", ""):
+            folder = given.get("output_dir") or default_output_dir(f"runs/{script}", resume)
+            if (options := Path(folder) / "run.yaml").is_file():
+                return options
+        return recipe(given)
+
+    return find
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -12,10 +12,13 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from shared.errors import UserError
 
+Result = TypeVar("Result")
 ENGINES = {"DEEPSPEED": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}
 
 
@@ -141,6 +144,25 @@ def launcher_words() -> list[str] | None:
     if words[1:3] == ["-m", "accelerate.commands.launch"] or (program == "accelerate" and words[2:3] == ["launch"]):
         return words[3:]
     return words[2:] if program == "accelerate-launch" else None
+
+
+def on_first_process(work: Callable[[], Result]) -> Result:
+    """Do work once a launch, and give its result, or the user's error that it raised, to all processes."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState()
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def check_devices(use_cpu: bool) -> None:

@@ -67,6 +67,10 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
         name = str(model_path(name))
     require_available(name, file="config.json", what="model", revision=revision)
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"model {name!r} is an adapter: name its base model, and the adapter with adapter_name_or_path."
+        )
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -133,6 +137,7 @@ def load_model(
 
         return load_builtin(name, seed=seed)
     auto = getattr(transformers, HEADS[head])
+    dtype = options.pop("torch_dtype", dtype)  # its older name
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     if dtype == "auto" and not frozen and quantization_config is None:
@@ -150,10 +155,6 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(_cannot_load("model", name, error)) from error
-    for module in model.modules():
-        # bitsandbytes re-packs 4-bit weights on the processor at the first evaluation, and cannot train them then
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     return model
 
 

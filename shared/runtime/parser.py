@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import yaml
 
 from shared.errors import UserError
-from shared.runtime.options import BadValue, Option, class_options, closest
+from shared.runtime.options import BadValue, Option, class_options, closest, is_secret
 from shared.runtime.training_fields import training_options
 from shared.runtime.usage import format_help
 from shared.runtime.yaml_file import YamlError, read_yaml
@@ -63,9 +63,17 @@ class Parsed:
             raise UserError(str(error)) from error
 
     def to_yaml(self) -> str:
-        """Everything that was given as YAML that `--config` takes. Access tokens are left out."""
-        shown = {name: value for name, value in self.values.items() if not name.endswith("_token")}
+        """Everything that was given as YAML that `--config` takes. Access tokens and passwords are left out."""
+        shown = _without_secrets(self.values)
+        for once in ("resume_from_checkpoint", "overwrite_output_dir"):  # said of this start, not of the run
+            shown.pop(once, None)
         return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True) if shown else ""
+
+
+def _without_secrets(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_secrets(item) for name, item in value.items() if not is_secret(str(name))}
 
 
 @dataclass

@@ -20,6 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.runtime.options import is_secret
 from shared.runtime.report_curves import Curves, curves_from_log
 from shared.runtime.report_html import render
 from shared.runtime.report_text import as_number, before_after_table
@@ -27,7 +28,7 @@ from shared.runtime.report_text import as_number, before_after_table
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["RunReport", "SampleRow", "before_after_table", "environment", "peak_memory"]
+__all__ = ["RunReport", "SampleRow", "before_after_table", "environment", "peak_memory", "plain"]
 
 PACKAGES = (
     "trialign",
@@ -42,9 +43,6 @@ PACKAGES = (
 )
 
 MASK = "***"
-SECRET = re.compile(r"(^|_)(token|key|password|passwd|secret|authorization|credentials?)$", re.IGNORECASE)
-# Options of tokenizers that end like a secret and hold a word of the vocabulary.
-NOT_SECRET = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|image|video|audio)_token$", re.IGNORECASE)
 LOGIN_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
@@ -131,10 +129,10 @@ class RunReport:
             "status": self.status,
             "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "notes": list(self.notes),
-            "before": _plain(self.before),
-            "after": _plain(self.after),
-            "throughput": _plain(self.throughput),
-            "peak_memory": _plain(self.peak_memory),
+            "before": plain(self.before),
+            "after": plain(self.after),
+            "throughput": plain(self.throughput),
+            "peak_memory": plain(self.peak_memory),
             "curves": self.curves,
             "samples": [
                 {
@@ -143,11 +141,11 @@ class RunReport:
                     "answer": row.answer,
                     "before": row.before,
                     "after": row.after,
-                    "columns": _plain(row.columns),
+                    "columns": plain(row.columns),
                 }
                 for row in self.samples
             ],
-            "config": _shareable(_plain(self.config)),
+            "config": _shareable(plain(self.config)),
             "environment": environment(),
         }
 
@@ -204,16 +202,16 @@ def _peak_resident() -> float:
     return float(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` in JSON's types; anything else becomes its `str`. NaN stays for now: the page shows it."""
     if isinstance(value, Enum):
-        return _plain(value.value)
+        return plain(value.value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, set | frozenset):
         return sorted(str(item) for item in value)
     number = as_number(value)
@@ -222,7 +220,7 @@ def _plain(value: Any) -> Any:
 
 def _shareable(value: Any, name: str = "") -> Any:
     """Plain `value` without secrets, and without the path of the home folder."""
-    if value is not None and SECRET.search(name) and not NOT_SECRET.match(name):
+    if value is not None and is_secret(name):
         return MASK
     if isinstance(value, dict):
         return {key: _shareable(item, key) for key, item in value.items()}

@@ -9,30 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
-from transformers.utils import logging
 
-from shared.errors import DataError
+from shared.errors import DataError, UserError
 from shared.runtime import checkpoint as checkpoints
 from shared.runtime.fsdp import reshard, unused_parameters_allowed
 from shared.runtime.launch import check_engine
 from shared.runtime.models import parameter_report
-from shared.runtime.report import RunReport, SampleRow, before_after_table, peak_memory
+from shared.runtime.report import RunReport, SampleRow, before_after_table, peak_memory, plain
 from shared.trainers.config import AlignConfig
+from shared.trainers.keeping import preserved_randomness, restore_weights, without_progress_bars
 from shared.trainers.progress import ProgressBar
 from shared.trainers.watch import Watch
 
@@ -54,7 +51,10 @@ class AlignTrainer(Trainer):
     def __init__(
         self, model: nn.Module, args: AlignConfig, *, callbacks: list[TrainerCallback] | None = None, **kwargs: Any
     ):
-        super().__init__(model=model, args=args, callbacks=[Watch(self), *(callbacks or [])], **kwargs)
+        try:
+            super().__init__(model=model, args=args, callbacks=[Watch(self), *(callbacks or [])], **kwargs)
+        except ValueError as error:  # options that do not go together, in transformers' words
+            raise UserError(str(error)) from error
         check_engine(self.accelerator.distributed_type.value)
         if self.is_fsdp_enabled:
             self._name_sharded_layers()
@@ -71,6 +71,8 @@ class AlignTrainer(Trainer):
         self._counts: dict[str, Tensor] = {}
         self._totals: dict[str, float] = defaultdict(float)
         self._train_seconds = 0.0
+        self._opened = False
+        self._resume: Path | None = None
 
     # ---- What a trainer may fill in --------------------------------------------------------------------------------
 
@@ -109,11 +111,21 @@ class AlignTrainer(Trainer):
         """
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         resume = checkpoints.resume_path(asked, self.args.output_dir)
-        self._open_run(resume)
+        overwrite = self.args.overwrite_output_dir or self._opened
+        checkpoints.check_output_dir(self.args.output_dir, resuming=resume is not None, overwrite=overwrite)
+        self._opened, self._resume = False, resume
+        if resume is not None and 0 < self.args.max_steps <= (done := checkpoints.step_of(resume)):
+            raise UserError(
+                f"{resume}: the run is at step {done} of {self.args.max_steps}. To go on raise --max_steps."
+            )
+        if self.eval_dataset is None and self.args.eval_answers and self.args.should_save:
+            print("No held-out rows: nothing is answered before and after training. --eval_fraction holds some out.")
         with self.interruption:
             try:
                 started = time.perf_counter()
                 output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
+                if self.state.global_step == 0:
+                    raise UserError("No step was trained: there are fewer rows than a batch takes.")
                 self._train_seconds = time.perf_counter() - started - self._totals["answer_seconds"]
                 if not self._agreed_signal():
                     self._answers_after()
@@ -135,20 +147,40 @@ class AlignTrainer(Trainer):
             self.interruption.received = int(received.item()) or None
         return self.interruption.received
 
-    def _open_run(self, resume: Path | None) -> None:
+    def _open_run(self) -> None:
+        """Called when model and optimizer are ready: a run that cannot start leaves the folder as it was."""
         args: AlignConfig = self.args
-        checkpoints.check_output_dir(args.output_dir, resuming=resume is not None, overwrite=args.overwrite_output_dir)
+        self._opened = True
         self.accelerator.wait_for_everyone()
         if args.should_save:
-            if resume is None and args.overwrite_output_dir:
+            if self._resume is None:
                 checkpoints.clear_run(args.output_dir)
-            options = self.run_options or yaml.safe_dump(_chosen(args), sort_keys=True)
+            options = self.run_options or yaml.safe_dump(plain(_chosen(args)), sort_keys=True)
+            self._tell_changes(options)
             checkpoints.write_atomically(Path(args.output_dir) / "run.yaml", options)
             self.report.config = {**_chosen(args), **(yaml.safe_load(options) or {})}
             print(parameter_report(self.model), flush=True)
         self.accelerator.wait_for_everyone()
-        if resume is not None:
-            self._recall_before(resume.parent / "report" / "report.json")
+        if self._resume is not None:
+            self._recall_before(self._resume.parent / "report" / "report.json")
+            written_by = checkpoints.processes_of(self._resume)
+            if written_by not in (None, args.world_size) and args.should_save:
+                print(
+                    f"The checkpoint was written by {written_by} process(es), {args.world_size} go on with it: "
+                    "the rest of the run will not be the same number for number."
+                )
+
+    def _tell_changes(self, options: str) -> None:
+        """Say from where a resumed run goes on, and which of its options are not what they were."""
+        if self._resume is None:
+            return
+        print(f"Going on from {self._resume} (step {self.state.global_step}).", flush=True)
+        earlier = Path(self.args.output_dir) / "run.yaml"
+        before = yaml.safe_load(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
+        now = yaml.safe_load(options) or {}
+        for name in sorted(set(before) | set(now)) if before else []:
+            if before.get(name) != now.get(name) and name != "output_dir":
+                print(f"  {name} was {before.get(name)!r}, is {now.get(name)!r}", flush=True)
 
     def _answers_before(self) -> None:
         """Called once the model is prepared: engines that shard it cannot run it earlier."""
@@ -206,7 +238,7 @@ class AlignTrainer(Trainer):
                 print(text, flush=True)
 
     def _write_report(self, status: str) -> None:
-        if not self.args.should_save:
+        if not self.args.should_save or not self._opened:
             return
         report = self.report
         report.status = status
@@ -227,8 +259,7 @@ class AlignTrainer(Trainer):
             print(f"Run report: {page}", flush=True)
 
     def _how_to_resume(self) -> str:
-        folder = self.args.output_dir
-        return f"Go on with: the same command plus --output_dir {folder} --resume_from_checkpoint true"
+        return f"Go on with: --output_dir {self.args.output_dir} --resume_from_checkpoint true (run.yaml has the rest)"
 
     def _save_what_is_done(self, error: BaseException) -> None:
         """A row that cannot be used, found in mid-training, costs no finished step.
@@ -273,9 +304,11 @@ class AlignTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
         if isinstance(model, PreTrainedModel) and not self.is_fsdp_enabled:
-            _restore_weights(model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            restore_weights(model, resume_from_checkpoint)
+            return
+        if hasattr(model, "peft_config") and not (Path(resume_from_checkpoint) / "adapter_config.json").is_file():
+            raise UserError(f"{resume_from_checkpoint} holds a whole model and no adapter: leave the adapter out.")
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with unused_parameters_allowed() if self.is_fsdp_enabled else contextlib.nullcontext():
@@ -283,7 +316,7 @@ class AlignTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            _restore_weights(self.model, self.state.best_model_checkpoint)
+            restore_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
@@ -307,7 +340,10 @@ class AlignTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """transformers' optimizer, its parameter groups split where a module has a learning rate of its own."""
-        optimizer = super().create_optimizer(model)
+        try:
+            optimizer = super().create_optimizer(model)
+        except ImportError as error:
+            raise UserError(f"--optim {self.args.optim.value}: {error}") from error
         rates = self.learning_rates()
         if not rates:
             return optimizer
@@ -345,37 +381,6 @@ class AlignTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self._drain_metrics()}
         super().log(logs, start_time)
-
-
-@contextlib.contextmanager
-def preserved_randomness() -> Iterator[None]:
-    """Whatever happens inside draws no random number from the training: a run with evaluations equals one without."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy_state)
-
-
-@contextlib.contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Saving takes no bar of its own beside the training's."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    yield
-    if shown:
-        logging.enable_progress_bar()
-
-
-def _restore_weights(model: PreTrainedModel, folder: str) -> None:
-    """Put a checkpoint's weights back by the model's own loader.
-
-    transformers saves many models under other names than their modules have (LLaVA's `language_model.model.…`), and
-    its Trainer loads by module name, not strictly: such a checkpoint would leave the weights as they were.
-    """
-    with without_progress_bars():
-        saved = type(model).from_pretrained(folder, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict(), strict=True)
 
 
 def _chosen(args: AlignConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from huggingface_hub import get_token
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.utils import logging
@@ -23,6 +24,30 @@ from shared.runtime.launch import (
     shard_on_cpu,
 )
 
+# the least value of options that are numbers
+LEAST = {
+    "check_rows": 0,
+    "eval_answers": 0,
+    "max_new_tokens": 1,
+    "max_length": 1,
+    "max_pixels": 1,
+    "pad_to_multiple_of": 1,
+    "learning_rate": 0,
+    "vision_learning_rate": 0,
+    "projector_learning_rate": 0,
+    "language_learning_rate": 0,
+}
+# options of transformers.TrainingArguments that would be taken and then not followed, with the value that is
+NOT_SUPPORTED = {
+    "label_smoothing_factor": 0.0,
+    "bf16_full_eval": False,
+    "fp16_full_eval": False,
+    "remove_unused_columns": False,
+    "include_num_input_tokens_seen": "no",
+    "train_sampling_strategy": "random",
+    "use_liger_kernel": False,
+}
+
 
 @dataclass
 class AlignConfig(AlignOptions, TrainingArguments):
@@ -35,9 +60,9 @@ class AlignConfig(AlignOptions, TrainingArguments):
     run_name_stem: ClassVar[str] = "run"  # names the folder of a run that is given none: runs/<stem>
 
     def __post_init__(self):
-        for name, least in (("check_rows", 0), ("eval_answers", 0), ("max_new_tokens", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{name} {value}: must be at least {least}.")
+        self._check_options()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # LLaVA, for one, has layers behind the last one that is read
         self.use_cpu = self.use_cpu or not has_accelerator() or launch_request().cpu
         if self.use_cpu:
             self.dataloader_pin_memory = False
@@ -60,6 +85,16 @@ class AlignConfig(AlignOptions, TrainingArguments):
             logging.disable_progress_bar()  # one bar for all
         if given_dir is None:
             self._agree_on_output_dir()
+
+    def _check_options(self) -> None:
+        for name, least in LEAST.items():
+            if (value := getattr(self, name, None)) is not None and value < least:
+                raise UserError(f"{name} {value}: must be at least {least}.")
+        for name, off in NOT_SUPPORTED.items():
+            if getattr(self, name) != off:
+                raise UserError(f"{name} is not supported by this trainer: leave it at {off}.")
+        if self.push_to_hub and self.hub_token is None and get_token() is None:
+            raise UserError("--push_to_hub: nobody is logged in here. Log in (hf auth login) or give --hub_token.")
 
     def check_output_dir(self) -> None:
         """Say before a model is loaded what `train()` would say: that the folder is not free, or cannot be resumed.

@@ -18,11 +18,13 @@ from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zer
 from transformers.trainer_utils import EvalLoopOutput
 
 from shared.data.rows import Rows
+from shared.errors import UserError
 from shared.objectives.supervised import supervised_loss
 from shared.policies.base import GroupedBatch
 from shared.policies.token import TokenPolicy
 from shared.runtime.fsdp import reshard
-from shared.trainers.base import AlignTrainer, preserved_randomness
+from shared.trainers.base import AlignTrainer
+from shared.trainers.keeping import preserved_randomness
 
 
 class OfflineTrainer(AlignTrainer):
@@ -33,6 +35,11 @@ class OfflineTrainer(AlignTrainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
+        if not isinstance(batches[0], GroupedBatch):
+            raise UserError(
+                f"data_collator gave a {type(batches[0]).__name__}; the trainers here take a GroupedBatch. Leave "
+                "data_collator out: the trainer's own masks and pads by the model's family."
+            )
         for batch in batches:
             self.row_notes.update(batch.notes)
         seen = torch.stack([torch.stack([b.counted_tokens(), b.completion_attention.sum()]) for b in batches]).sum(0)
@@ -77,18 +84,20 @@ class OfflineTrainer(AlignTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Metrics of the held-out rows, exact over batches and processes: sums are added up, then divided once."""
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, float] = {}
         with self._evaluated_model() as model, preserved_randomness(), torch.no_grad():
             training = model.training
             model.eval()
             for batch in dataloader:
                 for name, value in self.evaluation_sums(model, self._prepare_inputs(batch)).items():
-                    sums[name] = sums.get(name, 0) + value.double()
+                    sums[name] = sums.get(name, 0.0) + value.item()
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             model.train(training)
         names = sorted(sums)
-        totals = self.accelerator.reduce(torch.stack([sums[n] for n in names]), "sum")
-        metrics = self.evaluation_metrics(dict(zip(names, totals.tolist(), strict=True)))
+        if self.args.world_size > 1:
+            values = torch.tensor([sums[n] for n in names], dtype=torch.float64, device=self.args.device)
+            sums = dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
+        metrics = self.evaluation_metrics(sums)
         count = int(len(dataloader.dataset.rows)) if hasattr(dataloader.dataset, "rows") else len(dataloader.dataset)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=count)
@@ -165,6 +174,7 @@ class SupervisedTrainer(OfflineTrainer):
         logp = stats.logp.float()
         return {
             "loss": self.objective(logp).sum(),
+            "nll": -logp.sum(),
             "correct": stats.correct.sum(),
             "entropy": stats.entropy.sum(),
             "tokens": torch.tensor(logp.numel(), device=logp.device),
@@ -172,10 +182,9 @@ class SupervisedTrainer(OfflineTrainer):
 
     def evaluation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         tokens = max(sums["tokens"], 1.0)
-        loss = sums["loss"] / tokens
         return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 80.0)),
+            "loss": sums["loss"] / tokens,
+            "perplexity": math.exp(min(sums["nll"] / tokens, 80.0)),
             "mean_token_accuracy": sums["correct"] / tokens,
             "entropy": sums["entropy"] / tokens,
         }

@@ -21,6 +21,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._asked = None
+        self.trainer._open_run()
         self.trainer._answers_before()
 
     def on_step_end(self, args, state, control, **kwargs):

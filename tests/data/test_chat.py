@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers.utils.chat_template_utils as library
 
-from shared.data.chat import render, token_mask
+from shared.data.chat import render, token_ranges
 from shared.data.schema import Conversation, Kind, to_conversation
 from shared.errors import DataError, UserError
 
@@ -239,11 +239,11 @@ def test_no_template_and_unknown_loss():
         render(Owner(CHATML), conversation, loss_on="assistent")
 
 
-def test_token_mask():
+def test_token_ranges():
     # <s> (added, no width) | Hi | " you" | "r" split from the next | e d | </s>
     offsets = [(0, 0), (0, 2), (2, 6), (6, 7), (7, 9), (9, 13)]
-    assert token_mask(offsets, [(7, 9)]) == [0, 0, 0, 0, 1, 0]
-    assert token_mask(offsets, [(3, 4)]) == [0, 0, 1, 0, 0, 0]
-    assert token_mask(offsets, [(2, 6), (7, 13)]) == [0, 0, 1, 0, 1, 1]
-    assert token_mask(offsets, [(20, 25)]) == [0] * 6
-    assert token_mask(offsets, []) == [0] * 6
+    assert token_ranges(offsets, [(7, 9)]) == [(4, 5)]
+    assert token_ranges(offsets, [(3, 4)]) == [(2, 3)]
+    assert token_ranges(offsets, [(2, 6), (7, 13)]) == [(2, 3), (4, 6)]
+    assert all(first >= last for first, last in token_ranges(offsets, [(20, 25)]))
+    assert token_ranges(offsets, []) == []

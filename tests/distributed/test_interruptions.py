@@ -59,7 +59,7 @@ def same(folder: Path, whole) -> bool:
 
 def advice(printed: str) -> list[str]:
     """The options that the message says to add."""
-    return shlex.split(re.search(r"the same command plus (.*)", printed)[1])
+    return shlex.split(re.search(r"Go on with: (.*?) \(", printed)[1])
 
 
 def steps_seen(folder: Path) -> list[int]:

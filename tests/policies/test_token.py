@@ -165,3 +165,50 @@ def test_generation_and_plain_calls_go_on_as_before(batch):
     TokenPolicy(model)  # a second policy on the same model
     after = model.generate(prompt, max_new_tokens=5, do_sample=False), own_loss(model, batch)
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+def test_a_copy_runs_on_its_own_weights(batch):
+    import copy
+
+    model = model_of("plain")
+    TokenPolicy(model)
+    twin = copy.deepcopy(model)
+    expected = TokenPolicy(model).log_probs(model, batch).logp
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(TokenPolicy(twin).log_probs(twin, batch).logp, expected)
+    assert own_loss(twin, batch) != own_loss(model, batch)
+
+
+def test_a_head_that_an_adapter_trains_is_trained_and_switched_off(batch):
+    from peft import LoraConfig, get_peft_model
+
+    model = model_of("plain")
+    TokenPolicy(model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    policy = TokenPolicy(adapted)
+    loss, _ = policy.token_objective(adapted, batch, lambda logp, at: nll(logp))
+    loss.backward()
+    copies = adapted.get_base_model().lm_head.modules_to_save
+    assert policy.fused and copies["default"].weight.grad.abs().sum() > 0
+    copies["default"].weight.data.zero_()
+    with adapted.disable_adapter():
+        off = policy.log_probs(adapted, batch).logp
+    assert not torch.allclose(off, policy.log_probs(adapted, batch).logp)
+
+
+def test_more_tokens_bring_a_head_that_is_taught_too(batch):
+    model = model_of("plain")
+    policy = TokenPolicy(model)
+    model.resize_token_embeddings(70)
+    loss, _ = policy.token_objective(model, batch, lambda logp, at: nll(logp))
+    assert policy.fused and loss.isfinite()
+
+
+def test_a_router_loss_is_refused():
+    from shared.errors import UserError
+
+    model = model_of("plain")
+    model.config.output_router_logits = True
+    with pytest.raises(UserError, match="output_router_logits"):
+        TokenPolicy(model)

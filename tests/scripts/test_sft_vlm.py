@@ -77,7 +77,7 @@ def assert_refused(result, *patterns, folder):
     assert said.splitlines() and any(line.startswith("error: ") for line in said.splitlines())
     for pattern in patterns:
         assert re.search(pattern, said, re.DOTALL), said
-    assert not (folder / "out").exists()
+    assert not list((folder / "out").rglob("*"))
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
@@ -161,6 +161,15 @@ def test_models_that_cannot_be_used(run, tmp_path, tiny):
         (["--fp16"], ["needs a GPU"]),
         (["--resume_from_checkpoint", "true"], ["no complete checkpoint"]),
         (["--use_peft", "--lora_target_modules", "nonsense"], ["nonsense"]),
+        (["--learning_rate", "-1"], ["learning_rate -1.0: must be at least 0"]),
+        (["--max_pixels", "0"], ["max_pixels 0: must be at least 1"]),
+        (["--label_smoothing_factor", "0.1"], ["label_smoothing_factor is not supported"]),
+        (["--remove_unused_columns"], ["remove_unused_columns is not supported"]),
+        (["--train_sampling_strategy", "group_by_length"], ["train_sampling_strategy is not supported"]),
+        (["--eval_strategy", "epoch"], ["eval_strategy is epoch, but there are no held-out rows"]),
+        (["--optim", "galore_adamw", "--optim_target_modules", "q_proj"], ["--optim galore_adamw"]),
+        (["--push_to_hub"], ["nobody is logged in"]),
+        (["--dataloader_drop_last", "--per_device_train_batch_size", "9"], ["3 rows do not fill a batch of 9"]),
         (["--report_to", "wandbb"], ["--report_to wandbb: not one of none, all"]),
         (["--report_to", "comet_ml"], ["not installed", "pip install comet_ml"]),
         (["--attn_implementation", "flash_attention_9"], ["flash_attention_9"]),
@@ -223,3 +232,52 @@ def test_an_adapter_is_trained_saved_and_continued(run, tmp_path, tiny):
     PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model), tmp_path / "out")
     status, said = run(*common, "--adapter_name_or_path", "out", *QUICK[:-1], "more")
     assert status == 0 and (tmp_path / "more" / "adapter_model.safetensors").is_file(), said
+
+
+def test_a_stream_is_evaluated_and_answered(run, tmp_path):
+    words = ["--dataset_name", "builtin/digits", "--streaming", "--max_eval_rows", "6", "--eval_strategy", "steps"]
+    status, said = run(
+        *words, "--eval_steps=1", *QUICK[:2], "--eval_answers=4", "--output_dir", "out", "--max_new_tokens=3"
+    )
+    assert status == 0 and "accuracy/digit" in said, said
+    curves = json.loads((tmp_path / "out" / "report" / "report.json").read_text())["curves"]
+    assert "eval_loss" in curves
+
+
+def test_a_run_goes_on_with_its_own_options(run, tmp_path):
+    from safetensors.torch import load_file
+
+    name = write(tmp_path, GOOD)
+    common = ["--dataset_name", name, "--learning_rate", "3e-4", "--per_device_train_batch_size", "1"]
+    common += ["--eval_answers", "0", "--disable_tqdm", "--save_steps", "2", "--max_steps", "4"]
+    assert run(*common, "--output_dir", "whole")[0] == 0
+    assert run(*common, "--output_dir", "cut")[0] == 0
+    import shutil
+
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
+    status, said = run("--output_dir", "cut", "--resume_from_checkpoint")
+    assert status == 0 and "Going on from cut/checkpoint-2 (step 2)" in said, said
+    whole, cut = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "cut"))
+    assert all((whole[key] == cut[key]).all() for key in whole)
+    status, said = run("--output_dir", "cut", "--resume_from_checkpoint")
+    assert status == 2 and "the run is at step 4 of 4" in said
+    status, said = run("--output_dir", "cut", "--resume_from_checkpoint", "--max_steps", "5")
+    assert status == 0 and "max_steps was 4, is 5" in said
+    status, said = run("--output_dir", "cut", "--resume_from_checkpoint", "--max_steps", "6", "--use_peft")
+    assert status == 2 and "Traceback" not in said, said
+
+
+def test_an_adapter_is_no_model(run, tmp_path, tiny):
+    name, model = write(tmp_path, GOOD), str(tiny("llava"))
+    assert run("--dataset_name", name, "--model_name_or_path", model, "--use_peft", *QUICK)[0] == 0
+    status, said = run("--dataset_name", name, "--model_name_or_path", "out", *QUICK[:-1], "other")
+    assert status == 2 and "is an adapter" in said and "adapter_name_or_path" in said
+
+
+def test_access_tokens_are_not_written_down(run, tmp_path, tiny):
+    name, model = write(tmp_path, GOOD), str(tiny("llava"))
+    secret = json.dumps({"token": "hf_SECRET"})
+    status, said = run("--dataset_name", name, "--model_name_or_path", model, "--model_init_kwargs", secret, *QUICK)
+    assert status == 0, said
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or b"hf_SECRET" not in path.read_bytes(), path

@@ -219,8 +219,11 @@ def test_bad_rows_are_named_or_skipped(collator):
     assert learnt(collate, batch) == [expected("qwen2_vl", "deep red")]
     assert batch.model_inputs["image_grid_thw"].shape[0] == 1
     assert sorted(collate.skipped) == [3, 4, 5, 6, 8, 9]
+    # nothing is left: the step goes on with a blank of which nothing is learnt
+    batch = collate([broken[0]])
+    assert batch.counted_tokens() == 0 and batch.notes[3].startswith("left out: 1 image")
     with pytest.raises(DataError, match="No row of a batch can be used: row 3"):
-        collate([broken[0]])
+        collator("paligemma", on_bad_row="skip")([broken[0]])
 
 
 def test_rows_found_bad_after_encoding_are_skipped_with_their_images(collator):

@@ -180,3 +180,65 @@ def test_a_signal_finishes_the_step_saves_and_resumes(rows, tmp_path, capsys):
 def test_saved_checkpoints_are_safetensors(rows, tmp_path):
     trained(config(tmp_path, max_steps=3), rows)
     assert load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+
+
+def test_several_held_out_sets_are_evaluated_by_name(rows, held_out, tmp_path):
+    args = config(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, eval_answers=2)
+    sets = {"first": held_out.select(range(4)), "second": held_out.select(range(4, 8))}
+    trainer = trained(args, rows, eval_dataset=sets)
+    logged = set().union(*trainer.state.log_history)
+    assert {"eval_first_loss", "eval_second_loss"} <= logged and trainer.report.after
+
+
+def test_what_trl_scripts_pass_is_taken_or_refused_clearly(rows, held_out, tmp_path):
+    from datasets import DatasetDict
+    from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig, TrainingArguments
+
+    from shared.builtin.models import load_model
+
+    def build(**changed):
+        given = {"model": "builtin/vlm-small", "args": config(tmp_path, max_steps=1), "train_dataset": rows, **changed}
+        return VLMSFTTrainer(**given)
+
+    build(args=config(tmp_path, max_steps=1, model_init_kwargs={"torch_dtype": torch.bfloat16})).train()
+    kept = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    args = config(tmp_path, max_steps=1, overwrite_output_dir=True, model_init_kwargs=kept)
+    build(args=args).train()
+    with pytest.raises(UserError, match="VLMSFTConfig"):
+        build(args=TrainingArguments(output_dir=str(tmp_path)))
+    with pytest.raises(UserError, match="splits train"):
+        build(train_dataset=DatasetDict(train=rows))
+    with pytest.raises(UserError, match="Leave it out"):
+        build(data_collator=lambda rows: {"labels": 0})
+    adapted = get_peft_model(load_model("builtin/vlm-small"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="has an adapter already"):
+        build(
+            model=adapted,
+            processing_class=build().processing_class,
+            peft_config=LoraConfig(target_modules=["q_proj"]),
+        )
+
+
+def test_perplexity_is_that_of_the_data_whatever_the_objective(rows, held_out, tmp_path):
+    found = []
+    for loss in ("nll", "dft"):
+        args = config(tmp_path, loss_type=loss)
+        trainer = VLMSFTTrainer("builtin/vlm-small", args, train_dataset=rows, eval_dataset=held_out)
+        found.append(trainer.evaluate()["eval_perplexity"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_training_twice_with_one_trainer_starts_anew(rows, tmp_path):
+    trainer = trained(config(tmp_path, max_steps=2), rows)
+    assert trainer.train().global_step == 2
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(rows, held_out, tmp_path):
+    args = config(
+        tmp_path, max_steps=4, learning_rate=0.5, eval_strategy="steps", eval_steps=2, save_steps=2,
+        load_best_model_at_end=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = trained(args, rows, eval_dataset=held_out)
+    best = AutoModelForImageTextToText.from_pretrained(trainer.state.best_model_checkpoint)
+    assert_same(weights(trainer), best.state_dict())
