@@ -33,18 +33,7 @@ def main() -> None:
     args = options.build(VLMSFTOptions, VLMSFTConfig)
     args.check_output_dir()
     args.model_init_kwargs = {**model_init_kwargs(model), **(args.model_init_kwargs or {})}
-    rows = load_datasets(
-        data.dataset_name,
-        config=data.dataset_config,
-        weights=data.dataset_weights,
-        train_split=data.dataset_train_split,
-        test_split=data.dataset_test_split,
-        eval_fraction=data.eval_fraction,
-        streaming=data.streaming,
-        max_train_rows=data.max_train_rows,
-        max_eval_rows=data.max_eval_rows,
-        seed=args.seed,
-    )
+    rows = load_datasets(data.dataset_name, seed=args.seed, **data.loading())
     trainer = VLMSFTTrainer(
         model.model_name_or_path,
         args,

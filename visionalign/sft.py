@@ -96,10 +96,9 @@ class VLMSFTTrainer(SupervisedTrainer):
             if not name:
                 raise UserError("processing_class is missing: this model does not say where its processor is.")
             processing_class = load_processor(name, **hub)
+        self.model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
         if args.should_log:
-            print(
-                f"model: {model if isinstance(model, str) else type(model).__name__} ({self.family.name})", flush=True
-            )
+            print(f"model: {self.model_name} ({self.family.name})", flush=True)
         train, held_out, kind = _checked_rows(train_dataset, eval_dataset, args)
         if not isinstance(train, Rows) and args.max_steps <= 0:
             raise UserError("max_steps is missing: a stream does not say how many rows it has, so give the steps.")
@@ -145,7 +144,7 @@ class VLMSFTTrainer(SupervisedTrainer):
         self.row_notes = {row: f"left out: {why}" for row, why in getattr(train, "left_out", {}).items()}
 
     def title(self) -> str:
-        return f"Vision-language fine-tuning: {self.family.name}"
+        return f"Vision-language fine-tuning: {self.model_name}"
 
     def learning_rates(self) -> dict[str, float]:
         """The tower's, projector's and language model's own rates, by parameter name."""

@@ -8,7 +8,7 @@ Nothing here imports torch or transformers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from shared.errors import UserError
 from shared.runtime.options import option
@@ -119,6 +119,19 @@ class DataArguments:
         for name in ("max_train_rows", "max_eval_rows"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} {value}: must be at least 1.")
+
+    def loading(self) -> dict[str, Any]:
+        """What shared.data.loading.load_datasets takes besides the names and the seed."""
+        return {
+            "config": self.dataset_config,
+            "weights": self.dataset_weights,
+            "train_split": self.dataset_train_split,
+            "test_split": self.dataset_test_split,
+            "eval_fraction": self.eval_fraction,
+            "streaming": self.streaming,
+            "max_train_rows": self.max_train_rows,
+            "max_eval_rows": self.max_eval_rows,
+        }
 
 
 @dataclass

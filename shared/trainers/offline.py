@@ -147,6 +147,7 @@ class SupervisedTrainer(OfflineTrainer):
         self.policy = policy
         self.objective = supervised_loss(args.loss_type)
         super().__init__(model, args, **kwargs)
+        self.report.units = {"loss": "nats per token", "entropy": "nats per token"}
 
     def compute_loss(
         self,
