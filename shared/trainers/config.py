@@ -37,15 +37,15 @@ LEAST = {
     "projector_learning_rate": 0,
     "language_learning_rate": 0,
 }
-# options of transformers.TrainingArguments that would be taken and then not followed, with the value that is
-NOT_SUPPORTED = {
-    "label_smoothing_factor": 0.0,
-    "bf16_full_eval": False,
-    "fp16_full_eval": False,
-    "remove_unused_columns": False,
-    "include_num_input_tokens_seen": "no",
-    "train_sampling_strategy": "random",
-    "use_liger_kernel": False,
+# options of transformers.TrainingArguments that would be taken and then not followed, with the values that are
+FOLLOWED = {
+    "label_smoothing_factor": (0.0,),
+    "bf16_full_eval": (False,),
+    "fp16_full_eval": (False,),
+    "remove_unused_columns": (False,),
+    "include_num_input_tokens_seen": ("no", False),
+    "train_sampling_strategy": ("random", "sequential"),
+    "use_liger_kernel": (False,),
 }
 
 
@@ -90,9 +90,9 @@ class AlignConfig(AlignOptions, TrainingArguments):
         for name, least in LEAST.items():
             if (value := getattr(self, name, None)) is not None and value < least:
                 raise UserError(f"{name} {value}: must be at least {least}.")
-        for name, off in NOT_SUPPORTED.items():
-            if getattr(self, name) != off:
-                raise UserError(f"{name} is not supported by this trainer: leave it at {off}.")
+        for name, followed in FOLLOWED.items():
+            if (value := getattr(self, name)) not in followed:
+                raise UserError(f"{name} {value} is not supported by this trainer: leave it at {followed[0]}.")
         if self.push_to_hub and self.hub_token is None and get_token() is None:
             raise UserError("--push_to_hub: nobody is logged in here. Log in (hf auth login) or give --hub_token.")
 
