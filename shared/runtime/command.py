@@ -58,8 +58,17 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _end_with(error)
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        leave_processes()
+        raise SystemExit(INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else stopped.code) from None
+    leave_processes()
+
+
+def leave_processes() -> None:
+    """Leave the group of processes: threads of it that live at the interpreter's end can abort a process that is done."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _end_with(error: UserError) -> NoReturn:

@@ -28,6 +28,11 @@ class Watch(TrainerCallback):
         if self._must_stop():
             control.should_save = control.should_training_stop = True
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._asked is not None:  # a process that ends with a question under way is aborted
+            self._asked[1].wait()
+            self._asked = None
+
     def _must_stop(self) -> bool:
         """Whether any process has got a signal. All must stop after the same step, so all ask each other.
 
