@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -59,16 +60,28 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         _end_with(error)
     except (KeyboardInterrupt, SystemExit) as stopped:
-        leave_processes()
-        raise SystemExit(INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else stopped.code) from None
-    leave_processes()
+        status = INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else stopped.code
+        leave_processes(status if isinstance(status, int) else int(status is not None))
+        raise SystemExit(status) from None
+    leave_processes(0)
 
 
-def leave_processes() -> None:
-    """Leave the group of processes: threads of it that live at the interpreter's end can abort a process that is done."""
+def leave_processes(status: int) -> None:
+    """Leave the group of processes; where it is gloo's, end this process here with `status`.
+
+    Gloo's threads outlive the group, and now and then abort a process that is done while the interpreter shuts down:
+    the launcher would take a run that has saved all it should for one that failed. Nothing is left to do by then.
+    """
     torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    gloo = "gloo" in torch.distributed.get_backend()
+    torch.distributed.destroy_process_group()
+    if gloo:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _end_with(error: UserError) -> NoReturn:
