@@ -6,7 +6,6 @@ the assistant's tokens alone unless asked otherwise. Video and packing are not h
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from shared.errors import DataError, UserError
 from shared.policies.token import TokenPolicy
 from shared.runtime.adapters import attach_adapter
 from shared.runtime.generation import greedy_answers
-from shared.runtime.launch import on_first_process
+from shared.runtime.launch import engine_asked, on_first_process
 from shared.runtime.models import load_config, load_model, load_processor
 from shared.runtime.report import SampleRow
 from shared.trainers.config import AlignConfig
@@ -255,7 +254,7 @@ def _checked_rows(train: Any, held_out: Any, args: VLMSFTConfig) -> tuple[Any, A
 
 def _shards_the_model() -> bool:
     """Whether each process holds a part of the vision tower only, so that all must run it in every step."""
-    return is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return is_deepspeed_zero3_enabled() or engine_asked("FSDP")
 
 
 def _kind(rows: Any) -> Kind:

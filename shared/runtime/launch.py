@@ -76,7 +76,7 @@ def prepare_cpu() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // local_processes()))
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if engine_asked("DEEPSPEED"):
         import deepspeed.comm  # noqa: F401
 
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
@@ -92,7 +92,7 @@ def shard_on_cpu() -> None:
     from accelerate.utils import DistributedType
 
     on_cpu = PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU
-    if not on_cpu or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not on_cpu or not engine_asked("FSDP"):
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError(
@@ -102,9 +102,14 @@ def shard_on_cpu() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def engine_asked(name: str) -> bool:
+    """Whether the launcher set this process up for an engine of ENGINES."""
+    return os.environ.get(ENGINES[name], "false").lower() == "true"
+
+
 def launch_request() -> LaunchRequest:
     """What was asked for, from the `accelerate launch` that started this process and from the environment."""
-    engine = next((name for name, flag in ENGINES.items() if os.environ.get(flag, "false").lower() == "true"), None)
+    engine = next((name for name in ENGINES if engine_asked(name)), None)
     world = int(os.environ["WORLD_SIZE"]) if os.environ.get("WORLD_SIZE") else None
     line = launcher_words()
     cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"

@@ -14,7 +14,7 @@ from shared.builtin import is_builtin
 from shared.errors import UserError
 from shared.hub import require_available
 from shared.runtime.arguments import ModelArguments
-from shared.runtime.launch import has_accelerator
+from shared.runtime.launch import engine_asked, has_accelerator
 
 Head = Literal["image-text-to-text", "causal-lm"]
 HEADS = {"image-text-to-text": "AutoModelForImageTextToText", "causal-lm": "AutoModelForCausalLM"}
@@ -43,7 +43,7 @@ def _quantization(args: ModelArguments):
     if args.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     compute = args.bnb_4bit_compute_dtype or (args.dtype if args.dtype != "auto" else "bfloat16")
-    storage = torch.float32 if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not has_accelerator() else None
+    storage = torch.float32 if engine_asked("FSDP") and not has_accelerator() else None
     return BitsAndBytesConfig(
         load_in_4bit=True,
         llm_int8_skip_modules=skipped,

@@ -20,6 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.runtime.checkpoint import write_atomically
 from shared.runtime.options import is_secret
 from shared.runtime.report_curves import Curves, curves_from_log
 from shared.runtime.report_html import render
@@ -119,8 +120,8 @@ class RunReport:
         page = render(figures, self.samples, self.units)
         self.directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_without_nan(figures), indent=1, ensure_ascii=False, allow_nan=False)
-        _replace(self.directory / "report.json", text + "\n")
-        _replace(self.directory / "index.html", page)
+        write_atomically(self.directory / "report.json", text + "\n")
+        write_atomically(self.directory / "index.html", page)
         return self.directory / "index.html"
 
     def _figures(self) -> dict[str, Any]:
@@ -241,14 +242,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    # One fixed temporary name: what a killed run leaves behind is overwritten by the next one, not piled up.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        # A half of a surrogate pair, cut off in generation, is no reason to lose the report.
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
