@@ -7,3 +7,26 @@ if getattr(shared, "SUITE", None) != "trialign":
         f"textalign needs the package 'shared' that is installed with it, but Python found another one first: "
         f"{list(getattr(shared, '__path__', ['?']))}. Rename that folder or start from another one."
     )
+
+__getattr__, __dir__ = shared.lazy_exports(
+    __name__,
+    {
+        "BCOConfig": "textalign.kto",
+        "BCOTrainer": "textalign.kto",
+        "CPOConfig": "textalign.cpo",
+        "CPOTrainer": "textalign.cpo",
+        "DPOConfig": "textalign.dpo",
+        "DPOTrainer": "textalign.dpo",
+        "KTOConfig": "textalign.kto",
+        "KTOTrainer": "textalign.kto",
+        "ORPOConfig": "textalign.cpo",
+        "ORPOTrainer": "textalign.cpo",
+        "PRMConfig": "textalign.prm",
+        "PRMTrainer": "textalign.prm",
+        "RewardConfig": "textalign.reward",
+        "RewardTrainer": "textalign.reward",
+        "SFTConfig": "textalign.sft",
+        "SFTTrainer": "textalign.sft",
+        "create_reference_model": "shared.runtime.references",
+    },
+)

@@ -7,7 +7,6 @@ the assistant's tokens alone unless asked otherwise. Video and packing are not h
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,22 +14,21 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from shared.data.rows import ROW, Rows, with_row_numbers
-from shared.data.schema import Kind, check_rows, decode_image, detect_kind, to_conversation, undecoded
-from shared.errors import DataError, UserError
+from shared.data.rows import ROW, Rows
+from shared.data.schema import Kind, decode_image, to_conversation
+from shared.errors import UserError
 from shared.policies.token import TokenPolicy
 from shared.runtime.adapters import attach_adapter
-from shared.runtime.generation import greedy_answers
-from shared.runtime.launch import engine_asked, on_first_process
+from shared.runtime.launch import engine_asked
 from shared.runtime.models import load_config, load_model, load_processor
 from shared.runtime.report import SampleRow
+from shared.trainers.answers import Answer, answer, evenly_spaced, exact_matches, sampled
 from shared.trainers.config import AlignConfig
+from shared.trainers.datasets import check_evaluation, check_steps, checked_rows, kind_of
 from shared.trainers.offline import SupervisedTrainer
 from visionalign.collators import VLMCollator
 from visionalign.families import PARTS, family_of, parameters
 from visionalign.options import VLMSFTOptions
-
-SAMPLES_SHOWN = 24
 
 
 @dataclass
@@ -82,11 +80,7 @@ class VLMSFTTrainer(SupervisedTrainer):
                 "data_collator must be a VLMCollator or work as it does. Leave it out: the trainer's own processes "
                 "images and masks labels by the model's family."
             )
-        if args.eval_strategy != "no" and eval_dataset is None:
-            raise UserError(
-                f"eval_strategy is {args.eval_strategy.value}, but there are no held-out rows. Give eval_dataset (on "
-                "the command line a data set with a test split, or --eval_fraction), or set eval_strategy to no."
-            )
+        check_evaluation(args, eval_dataset)
         options = dict(args.model_init_kwargs or {})
         hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
         self.family = family_of(load_config(model, **hub) if isinstance(model, str) else model.config)
@@ -98,15 +92,10 @@ class VLMSFTTrainer(SupervisedTrainer):
         self.model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
         if args.should_log:
             print(f"model: {self.model_name} ({self.family.name})", flush=True)
-        train, held_out, kind = _checked_rows(train_dataset, eval_dataset, args)
-        if not isinstance(train, Rows) and args.max_steps <= 0:
-            raise UserError("max_steps is missing: a stream does not say how many rows it has, so give the steps.")
-        step = args.per_device_train_batch_size * args.world_size
-        if args.dataloader_drop_last and isinstance(train, Rows) and len(train) < step:
-            raise UserError(
-                f"dataloader_drop_last: {len(train)} rows do not fill a batch of {step}, so no step would be trained. "
-                "Leave the option out, or make the batch smaller."
-            )
+        kind = kind_of(train_dataset, {Kind.MESSAGES, Kind.PROMPT_COMPLETION})
+        images = sys.maxsize if args.check_rows is None else args.check_rows
+        train, held_out = checked_rows(train_dataset, eval_dataset, kind, args, check_images=images)
+        check_steps(args, train)
         if data_collator is None:
             data_collator = VLMCollator(
                 processing_class,
@@ -161,56 +150,21 @@ class VLMSFTTrainer(SupervisedTrainer):
 
     def answer_questions(self) -> tuple[dict[str, float], list[SampleRow]] | None:
         """Answers of evenly spaced held-out rows; accuracy is the share answered word for word, by `kind`."""
-        rows = self.eval_dataset
-        if isinstance(rows, dict):
-            rows = next(iter(rows.values()), None)
-        if not isinstance(rows, Rows) or self.args.eval_answers < 1:
+        rows = evenly_spaced(self.eval_dataset, self.args.eval_answers)
+        if rows is None:
             return None
-        count = min(self.args.eval_answers, len(rows))
-        picked = Rows(rows, kept=[at * len(rows) // count for at in range(count)])
-        share = picked.share(self.args.process_index, self.args.world_size)
-        answered: list[tuple[int, str, str]] = []
-        size = self.args.per_device_eval_batch_size
-        for start in range(0, len(share), size):
-            batch = [share[at] for at in range(start, min(start + size, len(share)))]
-            inputs, references = self.data_collator.encode_prompts(batch)
-            inputs = {name: value.to(self.args.device) for name, value in inputs.items()}
-            texts = greedy_answers(
-                self.model, inputs, self.processing_class.tokenizer, max_new_tokens=self.args.max_new_tokens
-            )
-            at = [(start + i) * self.args.world_size + self.args.process_index for i in range(len(batch))]
-            answered += list(zip(at, texts, references, strict=True))
-        return self._scored(picked, self._gathered(answered))
+        encode, tokenizer = self.data_collator.encode_prompts, self.processing_class.tokenizer
+        answers = answer(self.model, rows, encode, tokenizer, self.args)
+        return exact_matches(answers), sampled(answers, self._sample)
 
-    def _gathered(self, answered: list[tuple[int, str, str]]) -> dict[int, tuple[str, str]]:
-        if self.args.world_size > 1:
-            from accelerate.utils import gather_object
-
-            answered = gather_object(answered)
-        return {at: (text, reference) for at, text, reference in answered}
-
-    def _scored(self, picked: Rows, answers: dict[int, tuple[str, str]]) -> tuple[dict[str, float], list[SampleRow]]:
-        right: dict[str, list[bool]] = defaultdict(list)
-        samples = []
-        every = max(1, len(picked) // SAMPLES_SHOWN)
-        for at in range(len(picked)):
-            text, reference = answers[at]
-            row = picked[at]
-            correct = text.strip() == reference.strip()
-            right["accuracy"].append(correct)
-            if isinstance(row.get("kind"), str):
-                right[f"accuracy/{row['kind']}"].append(correct)
-            if at % every == 0 and len(samples) < SAMPLES_SHOWN:
-                samples.append(self._sample(row, text, reference))
-        return {name: sum(each) / len(each) for name, each in sorted(right.items())}, samples
-
-    def _sample(self, row: dict[str, Any], text: str, reference: str) -> SampleRow:
+    def _sample(self, answer: Answer) -> SampleRow:
+        row = answer.row
         conversation = to_conversation(row, row[ROW], self.data_collator.kind)
         asked = [m for m in conversation.messages if m["role"] == "user"]
         question = " ".join(part["text"] for part in asked[-1]["content"] if part["type"] == "text") if asked else ""
         images = [decode_image(image, row=row[ROW], max_pixels=65_536) for image in conversation.images]
         columns = {name: row[name] for name in ("kind",) if name in row}
-        return SampleRow(images, question, reference, after=text, columns=columns)
+        return SampleRow(images, question, answer.recorded, after=answer.text, columns=columns)
 
 
 def _loss_on(args: VLMSFTConfig, kind: Kind) -> str:
@@ -226,46 +180,9 @@ def _loss_on(args: VLMSFTConfig, kind: Kind) -> str:
     return "completion" if kind == Kind.PROMPT_COMPLETION else "assistant"
 
 
-def _checked_rows(train: Any, held_out: Any, args: VLMSFTConfig) -> tuple[Any, Any, Kind]:
-    """Rows that can be used, and what kind they are."""
-    if train is None:
-        raise UserError("train_dataset is missing: give the rows to train on.")
-    kind = _kind(train)
-    images = sys.maxsize if args.check_rows is None else args.check_rows
-
-    def checked(rows: Any, what: str) -> Any:
-        report = on_first_process(
-            lambda: check_rows(rows, kind, on_bad_row=args.on_bad_row, check_images=images, what=what)
-        )
-        if args.should_log:
-            print(report.summary(what), flush=True)
-        rows = undecoded(rows)
-        return Rows(rows, report.kept, report.bad) if hasattr(rows, "__len__") else with_row_numbers(rows)
-
-    def checked_held_out(rows: Any, what: str) -> Rows:
-        if not hasattr(rows, "__len__"):  # an evaluation goes over all its rows: a stream is read once, into memory
-            rows = list(undecoded(rows))
-        return checked(rows, what)
-
-    if isinstance(held_out, dict):
-        return checked(train, "train"), {name: checked_held_out(rows, name) for name, rows in held_out.items()}, kind
-    return checked(train, "train"), None if held_out is None else checked_held_out(held_out, "eval"), kind
-
-
 def _shards_the_model() -> bool:
     """Whether each process holds a part of the vision tower only, so that all must run it in every step."""
     return is_deepspeed_zero3_enabled() or engine_asked("FSDP")
-
-
-def _kind(rows: Any) -> Kind:
-    if isinstance(rows, dict):
-        raise UserError(
-            f"train_dataset holds the splits {', '.join(map(str, rows))}: give one, data['train'] for one."
-        )
-    first = next(iter(rows), None)
-    if first is None:
-        raise DataError("The data set is empty: it has no row to train on.")
-    return detect_kind(list(first), first, allowed={Kind.MESSAGES, Kind.PROMPT_COMPLETION})
 
 
 def _freeze(model: nn.Module, args: VLMSFTConfig) -> None:

@@ -16,8 +16,17 @@ from enum import StrEnum
 from itertools import islice
 from typing import Any
 
-from shared.data.conversation import Conversation, media, read_conversation, type_name
+from shared.data.conversation import Conversation, media, read_conversation
 from shared.data.images import decode_image, iterate_light, undecoded
+from shared.data.text_checks import (
+    Census,
+    check_pair,
+    check_steps,
+    check_text,
+    check_tokens,
+    check_unpaired,
+    is_truth,
+)
 from shared.errors import DataError, UserError
 
 __all__ = [
@@ -45,10 +54,12 @@ class Kind(StrEnum):
     PREFERENCE = "preference"
     UNPAIRED = "unpaired preference"
     STEPWISE = "stepwise"
+    TOKENS = "tokenised"
 
 
 # The most specific set comes first: a preference data set often has a `messages` column too.
 _COLUMNS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    (Kind.TOKENS, ("input_ids",)),
     (Kind.PREFERENCE, ("chosen", "rejected")),
     (Kind.STEPWISE, ("prompt", "completions", "labels")),
     (Kind.UNPAIRED, ("prompt", "completion", "label")),
@@ -62,7 +73,11 @@ _CHATS = (Kind.MESSAGES, Kind.PROMPT_COMPLETION, Kind.PROMPT_ONLY)
 
 
 def detect_kind(
-    columns: Iterable[str], first_row: Mapping[str, Any] | None = None, *, allowed: Collection[Kind] = tuple(Kind)
+    columns: Iterable[str],
+    first_row: Mapping[str, Any] | None = None,
+    *,
+    allowed: Collection[Kind] = tuple(Kind),
+    text_field: str = "text",
 ) -> Kind:
     """Tell what a data set is by its columns.
 
@@ -70,16 +85,19 @@ def detect_kind(
         columns: the column names.
         first_row: a row; when given, a `label` that is no truth value leaves prompt and completion what they are.
         allowed: the kinds to choose from. GRPO, for one, takes any data with a prompt as prompt-only.
+        text_field: the column of plain text.
 
     Raises:
         DataError: naming the columns found, what the nearest allowed kind lacks, and the allowed sets.
     """
     names = list(columns)
     found = set(names)
+    if text_field != "text" and text_field in found and Kind.LANGUAGE_MODELING in allowed:
+        return Kind.LANGUAGE_MODELING  # asked for by name, whatever else there is
     for kind, needed in _COLUMNS:
         if kind not in allowed or not found.issuperset(needed):
             continue
-        if kind is Kind.UNPAIRED and first_row is not None and not _is_truth(first_row.get("label")):
+        if kind is Kind.UNPAIRED and first_row is not None and not is_truth(first_row.get("label")):
             continue
         return kind
     options = [(kind, needed) for kind, needed in _COLUMNS if kind in allowed]
@@ -132,6 +150,7 @@ class CheckReport:
         images: how many images were decoded.
         smallest: (width, height) of the decoded image with the fewest pixels; None without images.
         largest: (width, height) of the one with the most.
+        warnings: what is odd about the rows together: copies, labels that are all alike.
     """
 
     rows: int
@@ -140,9 +159,10 @@ class CheckReport:
     images: int = 0
     smallest: tuple[int, int] | None = None
     largest: tuple[int, int] | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def summary(self, what: str, max_listed: int = 10) -> str:
-        """What was found, in a line; rows that are left out are counted and listed below it."""
+        """What was found, in a line; rows that are left out are counted and listed below it, then what is odd."""
         used = self.rows - len(self.bad)
         whole = self.kept is None and not self.bad
         text = f"{what}: {used:,} rows" if whole else f"{what}: {used:,} of {self.rows:,} rows"
@@ -154,7 +174,7 @@ class CheckReport:
             listed = [f"  row {row}: {reason}" for row, reason in list(self.bad.items())[:max_listed]]
             more = [f"  and {len(self.bad) - max_listed:,} more"] if len(self.bad) > max_listed else []
             text = "\n".join([f"{text}; {len(self.bad):,} left out:", *listed, *more])
-        return text
+        return "\n".join([text, *(f"  note: {warning}" for warning in self.warnings)])
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -169,6 +189,7 @@ def check_rows(
     check_images: int = 0,
     what: str = "train",
     max_listed: int = 10,
+    text_field: str = "text",
 ) -> CheckReport:
     """Check the structure of every row, and decode the images of the first ones.
 
@@ -179,6 +200,7 @@ def check_rows(
         check_images: in how many leading rows the images are decoded; the others are first decoded when they are used.
         what: the name of the data, for errors.
         max_listed: how many bad rows an error lists.
+        text_field: the column of plain text.
 
     Raises:
         DataError: no rows; bad rows with "error"; no row that can be used.
@@ -191,17 +213,18 @@ def check_rows(
     if streamed:
         dataset = list(islice(dataset, STREAMED_ROWS_CHECKED))
     bad: dict[int, str] = {}
-    rows = 0
+    rows, census = 0, Census(text_field)
     for rows, row in enumerate(iterate_light(dataset), start=1):
         try:
-            _images_of(row, rows - 1, kind)
+            _images_of(row, rows - 1, kind, text_field)
+            census.add(row)
         except DataError as error:
             bad[rows - 1] = _reason(error)
     if not rows:
         raise DataError(f"The {what} data is empty: it has no rows.")
     sizes = _decode_first(dataset, kind, min(check_images, rows), bad)
     if bad and (on_bad_row == "error" or len(bad) == rows):
-        raise DataError(_summary(bad, rows, what, max_listed, skipping=on_bad_row == "skip"))
+        raise DataError(describe_bad(bad, rows, what, max_listed, skipping=on_bad_row == "skip"))
     sizes.sort(key=lambda size: size[0] * size[1])
     return CheckReport(
         rows=rows,
@@ -210,38 +233,22 @@ def check_rows(
         images=len(sizes),
         smallest=sizes[0] if sizes else None,
         largest=sizes[-1] if sizes else None,
+        warnings=census.warnings(),
     )
 
 
-def _images_of(row: Mapping[str, Any], index: int, kind: Kind) -> list[Any]:
+def _images_of(row: Mapping[str, Any], index: int, kind: Kind, text_field: str = "text") -> list[Any]:
     """Check one row's structure; returns its images, undecoded."""
     if kind in _CHATS:
         return to_conversation(row, index, kind).images
     if kind is Kind.LANGUAGE_MODELING:
-        if not isinstance(row.get("text"), str) or not row["text"].strip():
-            found = "empty" if isinstance(row.get("text"), str) else type_name(row.get("text"))
-            raise DataError(f"row {index}: text is {found}, expected a string that is not empty")
+        check_text(row, index, text_field)
         return media(row, "image")
-    if kind is Kind.PREFERENCE:
-        prompt = "prompt" if row.get("prompt") is not None else None
-        if type(row.get("chosen")) is not type(row.get("rejected")):
-            kinds = " and ".join(f"{name} is {type_name(row.get(name))}" for name in ("chosen", "rejected"))
-            raise DataError(f"row {index}: {kinds}, expected two strings or two lists of messages")
-        read_conversation(row, index, prompt, "rejected")
-        return read_conversation(row, index, prompt, "chosen").images
-    if kind is Kind.UNPAIRED:
-        if not _is_truth(row.get("label")):
-            raise DataError(f"row {index}: label is {row.get('label')!r}, expected true or false")
-        return read_conversation(row, index, "prompt", "completion").images
-    steps, labels = row.get("completions"), row.get("labels")
-    if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels) or not steps:
-        sizes = [len(value) if isinstance(value, list) else type_name(value) for value in (steps, labels)]
-        raise DataError(
-            f"row {index}: completions has {sizes[0]} and labels {sizes[1]}, expected lists of one length, not empty"
-        )
-    if not all(isinstance(step, str) for step in steps):
-        raise DataError(f"row {index}: completions holds something that is no string")
-    return read_conversation(row, index, "prompt", None).images
+    if kind is Kind.TOKENS:
+        check_tokens(row, index)
+        return []
+    check = {Kind.PREFERENCE: check_pair, Kind.UNPAIRED: check_unpaired, Kind.STEPWISE: check_steps}[kind]
+    return check(row, index).images
 
 
 def _decode_first(dataset: Any, kind: Kind, count: int, bad: dict[int, str]) -> list[tuple[int, int]]:
@@ -266,7 +273,8 @@ def _decode_first(dataset: Any, kind: Kind, count: int, bad: dict[int, str]) -> 
     return sizes
 
 
-def _summary(bad: Mapping[int, str], rows: int, what: str, max_listed: int, *, skipping: bool) -> str:
+def describe_bad(bad: Mapping[int, str], rows: int, what: str, max_listed: int = 10, *, skipping: bool) -> str:
+    """The message of an error about bad rows, row number -> reason, the first of them listed."""
     lines = [f"  row {index}: {bad[index]}" for index in sorted(bad)[:max_listed]]
     if len(bad) > max_listed:
         lines.append(f"  ... and {len(bad) - max_listed} more")
@@ -276,10 +284,6 @@ def _summary(bad: Mapping[int, str], rows: int, what: str, max_listed: int, *, s
 
 def _reason(error: DataError) -> str:
     return str(error).split(": ", 1)[1]
-
-
-def _is_truth(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1))
 
 
 def _join(names: Iterable[str]) -> str:

@@ -43,11 +43,13 @@ class TokenStats(NamedTuple):
         logp: `(N,)` log-probability of each target.
         entropy: `(N,)` entropy of each distribution, in nats; None where not asked for.
         correct: `(N,)` bool, whether no token was more likely than the target.
+        collision: `(N,)` log of the chance that two draws agree, log Σ_v p_v²; None where not asked for.
     """
 
     logp: Tensor
     entropy: Tensor | None
     correct: Tensor
+    collision: Tensor | None = None
 
 
 def default_chunk_size(vocabulary: int, hidden_size: int) -> int:
@@ -62,14 +64,17 @@ class Plan:
     transform: HeadTransform
     chunk_size: int | None
     entropy: bool
+    collision: bool
     dtype: torch.dtype  # of the matrix products, as nn.Linear would choose it
 
     @classmethod
-    def of(cls, hidden: Tensor, transform: HeadTransform, chunk_size: int | None, entropy: bool) -> Plan:
+    def of(
+        cls, hidden: Tensor, transform: HeadTransform, chunk_size: int | None, *, entropy: bool, collision: bool
+    ) -> Plan:
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        return cls(transform, chunk_size, entropy, dtype)
+        return cls(transform, chunk_size, entropy, collision, dtype)
 
 
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -124,7 +129,7 @@ class ChunkedHead:
 
     def empty_stats(self) -> _Collected:
         """Room for the figures of N tokens."""
-        return _Collected(self.hidden.new_empty(self.hidden.shape[0], dtype=self.sum_dtype), self.plan.entropy)
+        return _Collected(self.hidden.new_empty(self.hidden.shape[0], dtype=self.sum_dtype), self.plan)
 
     def stats(self, part: slice) -> TokenStats:
         """The figures of one chunk. Leaves its unnormalised softmax in the buffer for `add_gradients`."""
@@ -140,10 +145,14 @@ class ChunkedHead:
         self._total = self._exp.sum(-1, keepdim=True)
         log_total = self._total.log()
         logp = (chosen - top).sub_(log_total).squeeze(1)
-        if self._spare is None:
-            return TokenStats(logp, None, correct.squeeze(1))
-        mean_logit = logits.mul_(self._exp).sum(-1, keepdim=True).div_(self._total)
-        return TokenStats(logp, (log_total - mean_logit).squeeze(1), correct.squeeze(1))
+        entropy = collision = None
+        if self.plan.collision:  # by the norm, which needs no buffer for the squares
+            norm = torch.linalg.vector_norm(self._exp, dim=-1, keepdim=True)
+            collision = norm.log().sub_(log_total).mul_(2).squeeze(1)
+        if self._spare is not None:
+            mean_logit = logits.mul_(self._exp).sum(-1, keepdim=True).div_(self._total)
+            entropy = (log_total - mean_logit).squeeze(1)
+        return TokenStats(logp, entropy, correct.squeeze(1), collision)
 
     def _transformed(self, part: slice) -> Tensor:
         """Logits `(n, V)` of one chunk after the transform, in the buffer; sets the transform's slope."""
@@ -210,9 +219,10 @@ class ChunkedHead:
 class _Collected:
     """The figures of N tokens, filled chunk by chunk."""
 
-    def __init__(self, logp: Tensor, entropy: bool):
-        empty = torch.empty_like(logp) if entropy else None
-        self.stats = TokenStats(logp, empty, torch.empty_like(logp, dtype=torch.bool))
+    def __init__(self, logp: Tensor, plan: Plan):
+        entropy = torch.empty_like(logp) if plan.entropy else None
+        collision = torch.empty_like(logp) if plan.collision else None
+        self.stats = TokenStats(logp, entropy, torch.empty_like(logp, dtype=torch.bool), collision)
 
     def put(self, part: slice, values: TokenStats) -> None:
         for into, value in zip(self.stats, values, strict=True):

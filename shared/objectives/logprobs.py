@@ -38,6 +38,7 @@ def head_log_probs(
     transform: HeadTransform | None = None,
     chunk_size: int | None = None,
     entropy: bool = False,
+    collision: bool = False,
 ) -> TokenStats:
     """Log-probability of each target under `softmax(transform(hidden @ weight.T + bias))`.
 
@@ -51,11 +52,13 @@ def head_log_probs(
         transform: what the model does to its logits; None: nothing.
         chunk_size: rows of logits that exist at once; None: chosen by V and H.
         entropy: also give the entropies (no gradient flows through them).
+        collision: also give the log collision probabilities log Σ_v p_v² (likewise).
 
     Returns:
         The tokens' figures; `logp` is differentiable in hidden, weight and bias.
     """
-    plan = Plan.of(hidden_NH, transform or HeadTransform(), chunk_size, entropy)
+    transform = transform or HeadTransform()
+    plan = Plan.of(hidden_NH, transform, chunk_size, entropy=entropy, collision=collision)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias)):
         return TokenStats(*_HeadLogProbs.apply(hidden_NH, weight_VH, bias, targets_N, plan))
     with no_autocast(hidden_NH):
@@ -72,6 +75,7 @@ def head_objective(
     transform: HeadTransform | None = None,
     chunk_size: int | None = None,
     entropy: bool = False,
+    collision: bool = False,
 ) -> tuple[Tensor, TokenStats]:
     """Sum over tokens of an objective of their log-probabilities, with its gradients computed in the forward pass.
 
@@ -79,14 +83,15 @@ def head_objective(
     Gradients reach hidden, weight and bias; a tensor that the objective captures gets none.
 
     Args:
-        hidden_NH, weight_VH, targets_N, bias, transform, chunk_size, entropy: see `head_log_probs`.
+        hidden_NH, weight_VH, targets_N, bias, transform, chunk_size, entropy, collision: see `head_log_probs`.
         objective: gets the log-probabilities `(n,)` of some tokens and the slice of the N tokens that they are; gives
             their losses `(n,)`, weighted: `lambda logp, part: -weights_N[part] * logp`. Not called when N is 0.
 
     Returns:
         The scalar loss, and the tokens' figures without gradient. With N = 0 the loss is 0 and so are its gradients.
     """
-    plan = Plan.of(hidden_NH, transform or HeadTransform(), chunk_size, entropy)
+    transform = transform or HeadTransform()
+    plan = Plan.of(hidden_NH, transform, chunk_size, entropy=entropy, collision=collision)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias)):
         loss, *stats = _HeadObjective.apply(hidden_NH, weight_VH, bias, targets_N, objective, plan)
         return loss, TokenStats(*stats)
@@ -112,7 +117,7 @@ class _HeadLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, logp_gradient: Tensor, *_: Tensor):
         hidden, weight, bias, targets = ctx.saved_tensors
-        plan = replace(ctx.plan, entropy=False)
+        plan = replace(ctx.plan, entropy=False, collision=False)
         with no_autocast(hidden):
             head = ChunkedHead(hidden, weight, bias, targets, plan, ctx.needs_input_grad[:3])
             for part in head.parts:

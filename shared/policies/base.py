@@ -34,6 +34,8 @@ class GroupedBatch:
         completion_mask: `(P*G, T)`, 1 where the objective counts the token.
         model_inputs: extras for the model, opaque here (pixel_values, image_grid_thw, token_type_ids, …).
         group_size: G. SFT 1, preference pairs 2, group-relative policy gradients more.
+        columns: what the objective needs beside the tokens, by name; the first dimension is P or P*G (labels, margins,
+            reference log-probabilities `(P*G, T)`).
         notes: row number -> what was done to it, for rows that were left out or lost their end. They travel with the
             batch since collators run in processes of their own.
     """
@@ -45,6 +47,7 @@ class GroupedBatch:
     completion_mask: Tensor
     model_inputs: dict[str, Any] = field(default_factory=dict)
     group_size: int = 1
+    columns: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
 
     @classmethod
@@ -58,6 +61,19 @@ class GroupedBatch:
         """B, the number of completions."""
         return self.completion_ids.shape[0]
 
+    def member(self, index: int) -> GroupedBatch:
+        """The completion `index` of every prompt, as a batch of its own with one completion a prompt."""
+        own = slice(index, None, self.group_size)
+        columns = {k: v[own] if v.shape[0] == self.rows else v for k, v in self.columns.items()}
+        return replace(
+            self,
+            completion_ids=self.completion_ids[own],
+            completion_attention=self.completion_attention[own],
+            completion_mask=self.completion_mask[own],
+            group_size=1,
+            columns=columns,
+        )
+
     def counted_tokens(self) -> Tensor:
         """Scalar: the tokens that the objective counts."""
         return self.completion_mask.sum()
@@ -65,7 +81,8 @@ class GroupedBatch:
     def _map(self, function) -> GroupedBatch:
         changed = {f.name: function(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         extras = {k: function(v) if isinstance(v, Tensor) else v for k, v in self.model_inputs.items()}
-        return replace(self, **changed, model_inputs=extras)
+        columns = {k: function(v) for k, v in self.columns.items()}
+        return replace(self, **changed, model_inputs=extras, columns=columns)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GroupedBatch:
         """The batch on another device. Types stay as they are: the policy casts images to the model's type."""
@@ -89,12 +106,14 @@ class LogProbs:
         mask: `(B, T)`, 1 where the objective counts the action.
         entropy: `(B, T)` of the policy at each counted action, in nats, where asked for.
         correct: `(B, T)` bool, whether the action was the policy's most likely one.
+        collision: `(B, T)` log of the chance that two draws of the policy agree, log Σ_v p_v², where asked for.
     """
 
     logp: Tensor
     mask: Tensor
     entropy: Tensor | None = None
     correct: Tensor | None = None
+    collision: Tensor | None = None
 
 
 class Policy(Protocol):

@@ -2,7 +2,8 @@
 
 It runs the body of a transformers model, takes the hidden states of the counted tokens alone and applies the
 language-model head to them in chunks, inside the head's own module call: so a head that an engine shards or offloads
-(DeepSpeed ZeRO-3, FSDP2) is gathered by the engine's own hooks, and logits `(B, T, V)` never exist.
+(DeepSpeed ZeRO-3, FSDP2) is gathered by the engine's own hooks, and logits `(B, T, V)` never exist. A prompt with
+several completions is run once for all of them, where the model allows it (`shared.policies.prefix`).
 
 It does not generate, and it does not know what an objective means: it is given one.
 """
@@ -13,7 +14,7 @@ import functools
 import logging
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from shared.errors import UserError
 from shared.objectives.logprobs import HeadTransform, TokenStats, head_log_probs, head_objective
 from shared.policies.base import GroupedBatch, LogProbs
+from shared.policies.prefix import PrefixSharing, along_completions, along_prompt, evaluating, shared_hidden, trimmed
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +34,14 @@ TokenObjective = Callable[[Tensor, slice], Tensor]
 class HeadCall:
     """What the patched head is asked to do with the counted tokens' hidden states."""
 
-    index: Tensor  # (N,) positions in the flattened (B*T,) hidden states
+    index: Tensor  # (N,) positions in the flattened hidden states: (B*T,), or (B*(1+T),) with a shared prefix
     targets: Tensor  # (N,)
     transform: HeadTransform
     objective: TokenObjective | None = None
     entropy: bool = False
-    autocast: bool = False  # said by the head: whether it ran in half precision
+    collision: bool = False
+    prefix: GroupedBatch | None = None  # prompts to run once for their completions, in place of the other inputs
+    half: bool = False  # said by the head: whether it ran in half precision
 
 
 def head_transform(config: Any, *, temperature: float = 1.0) -> HeadTransform:
@@ -55,7 +59,11 @@ def head_transform(config: Any, *, temperature: float = 1.0) -> HeadTransform:
 def whole_rows(batch: GroupedBatch) -> GroupedBatch:
     """Prompts joined to their completions: right-padded rows `(B, L+T)` with no prompt of their own.
 
-    Right padding leaves the positions of the tokens to the model, whatever its position encoding.
+    Right padding leaves the positions of the tokens to the model, whatever its position encoding. Extras that stand
+    beside the prompts' tokens go on as at the last of them.
+
+    Raises:
+        UserError: the prompts have extras of another shape (images) and several completions each.
     """
     if batch.prompt_ids.shape[1] == 0:
         return batch
@@ -66,15 +74,23 @@ def whole_rows(batch: GroupedBatch) -> GroupedBatch:
     attention = join(batch.prompt_mask, batch.completion_attention)
     order = (attention == 0).to(torch.int8).argsort(dim=1, stable=True)  # real tokens first, in their own order
     width = int(attention.sum(1).max())
+    rows = torch.arange(batch.rows, device=order.device)[:, None]
 
     def pack(joined: Tensor) -> Tensor:
-        return joined.gather(1, order)[:, :width]
+        return joined[rows, order[:, :width]]
 
+    along, others = along_prompt(batch)
+    if others and batch.group_size > 1:
+        raise UserError(
+            f"{', '.join(sorted(others))}: whole rows are not made of prompts with such inputs and "
+            f"{batch.group_size} completions each, and this model cannot run a prompt once for its completions as it "
+            "is set up. Switch activation checkpointing off where it is on, or use one completion a prompt."
+        )
     return GroupedBatch.of_rows(
         pack(join(batch.prompt_ids, batch.completion_ids)),
         attention=pack(attention),
         mask=pack(join(torch.zeros_like(batch.prompt_mask), batch.completion_mask)),
-        model_inputs=batch.model_inputs,
+        model_inputs=others | {k: pack(join(v, along_completions(v, batch))) for k, v in along.items()},
     )
 
 
@@ -85,9 +101,11 @@ class TokenPolicy:
         model: a transformers model with a language-model head, or a PEFT model around one. It is taught, in place,
             to answer `model(..., head_call=…)`; every other call goes on as before.
         temperature: divides the logits.
+        share_prefix: run a prompt once for all of its completions, where that saves work and the model allows it.
+            The figures are the same; active dropout draws once for a prompt and not for each completion.
     """
 
-    def __init__(self, model: nn.Module, *, temperature: float = 1.0):
+    def __init__(self, model: nn.Module, *, temperature: float = 1.0, share_prefix: bool = True):
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         if getattr(inner.config.get_text_config(), "output_router_logits", False):
             raise UserError(
@@ -97,6 +115,10 @@ class TokenPolicy:
         self.transform = head_transform(inner.config, temperature=temperature)
         self.fused = _teach(inner)
         self._checked = not self.fused
+        # Prompt learning puts tokens of its own before each row.
+        learns_prompt = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        enabled = share_prefix and self.fused and not learns_prompt
+        self.sharing = PrefixSharing(inner, getattr(inner, inner.base_model_prefix, None), enabled=enabled)
 
     def token_objective(
         self, model: nn.Module, batch: GroupedBatch, objective: TokenObjective, *, entropy: bool = False
@@ -112,48 +134,53 @@ class TokenPolicy:
         Returns:
             The scalar loss and the detached statistics of the N tokens, row by row.
         """
+        call = HeadCall(*_predicted(batch), self.transform, objective, entropy)
+        return self._run(model, batch, call)
+
+    def log_probs(
+        self, model: nn.Module, batch: GroupedBatch, *, entropy: bool = False, collision: bool = False
+    ) -> LogProbs:
+        """Log-probabilities `(B, T)` of the completions' tokens; 0 where the mask is 0.
+
+        Args:
+            model: the model as the engine wraps it.
+            batch: rows; the first token of a row that has no prompt is not counted, since nothing predicts it.
+            entropy: also give the policy's entropy at each token.
+            collision: also give log Σ_v p_v² at each token.
+        """
+        call = HeadCall(*_predicted(batch), self.transform, entropy=entropy, collision=collision)
+        _, stats = self._run(model, batch, call)
+        return _on_grid(stats, _counted(batch))
+
+    def _run(self, model: nn.Module, batch: GroupedBatch, call: HeadCall) -> tuple[Tensor, TokenStats]:
+        """The call on a batch; its index says which completion tokens are meant and is turned into states."""
+        if not self._checked:
+            self._checked = True
+            self.fused = self._agrees(model, call.targets)
+        batch = replace(batch, model_inputs=self._cast(model, batch.model_inputs))
+        if self.fused and self.sharing.applies(model, batch, functools.partial(self._figures, model)):
+            return _run_shared(model, batch, call)
+        return self._run_rows(model, batch, call)
+
+    def _run_rows(self, model: nn.Module, batch: GroupedBatch, call: HeadCall) -> tuple[Tensor, TokenStats]:
         rows = whole_rows(batch)
-        return self._run(model, rows, objective=objective, entropy=entropy)
-
-    def log_probs(self, model: nn.Module, batch: GroupedBatch, *, entropy: bool = False) -> LogProbs:
-        """Log-probabilities `(B, T)` of the completions' tokens; 0 where the mask is 0."""
-        rows = whole_rows(batch)
-        _, stats = self._run(model, rows, objective=None, entropy=entropy)
-        mask = self._counted(batch.completion_mask, whole=batch is rows)
-
-        def on_grid(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-        return LogProbs(on_grid(stats.logp), mask.to(stats.logp.dtype), on_grid(stats.entropy), on_grid(stats.correct))
-
-    @staticmethod
-    def _counted(mask: Tensor, *, whole: bool = False) -> Tensor:
-        counted = mask.bool()
-        if whole and counted.shape[1]:
-            counted = counted.clone()
-            counted[:, 0] = False  # the first token of a row has no predecessor to predict it
-        return counted
-
-    def _run(self, model: nn.Module, rows: GroupedBatch, *, objective: TokenObjective | None, entropy: bool):
-        counted = self._counted(rows.completion_mask, whole=True)
-        targets_at = counted.flatten().nonzero().squeeze(1)
-        targets = rows.completion_ids.flatten()[targets_at]
-        call = HeadCall(targets_at - 1, targets, self.transform, objective, entropy)
+        call.index = _predicted(rows)[0] - 1
         inputs = {
             "input_ids": rows.completion_ids,
             "attention_mask": rows.completion_attention,
             "use_cache": False,
-            **self._cast(model, rows.model_inputs),
+            **rows.model_inputs,
         }
-        if not self._checked:
-            self._checked = True
-            self.fused = self._agrees(model, targets)
         if self.fused:
-            loss, logp, token_entropy, correct = model(**inputs, head_call=call)
+            loss, *figures = model(**inputs, head_call=call)
         else:
-            logits = model(**inputs).logits
-            loss, logp, token_entropy, correct = _from_logits(logits.flatten(0, 1)[call.index], call)
-        return loss, TokenStats(logp, token_entropy, correct)
+            loss, *figures = _from_logits(model(**inputs).logits.flatten(0, 1)[call.index], call)
+        return loss, TokenStats(*figures)
+
+    def _figures(self, model: nn.Module, batch: GroupedBatch, shared: bool) -> tuple[Tensor, bool]:
+        call = HeadCall(*_predicted(batch), self.transform)
+        _, stats = (_run_shared if shared else self._run_rows)(model, batch, call)
+        return stats.logp, call.half
 
     @staticmethod
     def _cast(model: nn.Module, extras: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +190,6 @@ class TokenPolicy:
             return extras
         return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in extras.items()}
 
-    @torch.no_grad()
     def _agrees(self, model: nn.Module, targets: Tensor) -> bool:
         """Whether head and transform give the model's own log-probabilities, on a few plain tokens.
 
@@ -174,13 +200,10 @@ class TokenPolicy:
         index = torch.arange(ids.shape[1] - 1, device=ids.device)
         call = HeadCall(index, ids[0, 1:], HeadTransform(self.transform.scale, self.transform.softcap))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        training = model.training
-        model.eval()
-        own = model(**inputs).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
-        ours = model(**inputs, head_call=call)[1].float()
-        model.train(training)
-        half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
-        tolerance = 0.25 if half or call.autocast else 1e-3
+        with evaluating(model):
+            own = model(**inputs).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+            ours = model(**inputs, head_call=call)[1].float()
+        tolerance = 0.25 if call.half else 1e-3
         agrees = bool((own - ours).abs().max() <= tolerance)
         if not agrees:
             logger.warning(
@@ -188,6 +211,38 @@ class TokenPolicy:
                 "taken from whole logits, which needs more memory."
             )
         return agrees
+
+
+def _counted(batch: GroupedBatch) -> Tensor:
+    """`(B, T)` bool: the counted tokens that have a predecessor to predict them."""
+    counted = batch.completion_mask.bool()
+    if counted.shape[1]:
+        counted = counted.clone()
+        counted[:, 0] &= batch.prompt_mask.bool().any(1).repeat_interleave(batch.group_size)
+    return counted
+
+
+def _predicted(batch: GroupedBatch) -> tuple[Tensor, Tensor]:
+    """Where the counted tokens stand in the flattened `(B*T,)` completions, and what they are; both `(N,)`."""
+    index = _counted(batch).flatten().nonzero().squeeze(1)
+    return index, batch.completion_ids.flatten()[index]
+
+
+def _on_grid(stats: TokenStats, mask: Tensor) -> LogProbs:
+    def put(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+    logp, entropy, correct, collision = map(put, stats)
+    return LogProbs(logp, mask.to(logp.dtype), entropy, correct, collision)
+
+
+def _run_shared(model: nn.Module, batch: GroupedBatch, call: HeadCall) -> tuple[Tensor, TokenStats]:
+    """The call on a batch whose prompts are run once; the states after the last counted token are not computed."""
+    row, column = call.index // batch.completion_ids.shape[1], call.index % batch.completion_ids.shape[1]
+    call.prefix = trimmed(batch, int(column.max()) if len(column) else 1)
+    call.index = row * (1 + call.prefix.completion_ids.shape[1]) + column
+    loss, *figures = model(head_call=call)
+    return loss, TokenStats(*figures)
 
 
 def _teach(inner: nn.Module) -> bool:
@@ -205,7 +260,9 @@ def _teach(inner: nn.Module) -> bool:
         def forward(self: nn.Module, *args: Any, head_call: HeadCall | None = None, **kwargs: Any):
             if head_call is None:
                 return plain(self, *args, **kwargs)
-            hidden = getattr(self, self.base_model_prefix)(*args, **kwargs)[0]
+            body = getattr(self, self.base_model_prefix)
+            prefix = head_call.prefix
+            hidden = body(*args, **kwargs)[0] if prefix is None else shared_hidden(body, prefix)
             head = self.get_output_embeddings()
             for linear in _linears(head):  # here, since an adapter or more tokens may have brought another one
                 _wrap_forward(linear, _head_forward)
@@ -222,14 +279,20 @@ def _head_forward(plain: Callable) -> Callable:
     def forward(self: nn.Linear, hidden: Tensor, head_call: HeadCall | None = None):
         if head_call is None:
             return plain(self, hidden)
-        head_call.autocast = torch.is_autocast_enabled(hidden.device.type)
-        options = {"bias": self.bias, "transform": head_call.transform, "entropy": head_call.entropy}
+        halves = (torch.bfloat16, torch.float16)
+        head_call.half = torch.is_autocast_enabled(hidden.device.type) or self.weight.dtype in halves
+        options = {
+            "bias": self.bias,
+            "transform": head_call.transform,
+            "entropy": head_call.entropy,
+            "collision": head_call.collision,
+        }
         if head_call.objective is None:
             stats = head_log_probs(hidden, self.weight, head_call.targets, **options)
             loss = stats.logp.new_zeros(())
         else:
             loss, stats = head_objective(hidden, self.weight, head_call.targets, head_call.objective, **options)
-        return loss, stats.logp, stats.entropy, stats.correct
+        return loss, *stats
 
     return forward
 
@@ -262,13 +325,15 @@ def _linears(head: nn.Module | None) -> list[nn.Linear]:
     return found if all(plain) else []
 
 
-def _from_logits(logits: Tensor, call: HeadCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """The same four figures from the model's own logits `(N, V)` of the counted tokens."""
+def _from_logits(logits: Tensor, call: HeadCall) -> tuple[Tensor | None, ...]:
+    """The loss and the token figures from the model's own logits `(N, V)` of the counted tokens."""
     logp_all = (logits.float() / call.transform.temperature).log_softmax(-1)
     logp = logp_all.gather(1, call.targets.unsqueeze(1)).squeeze(1)
-    entropy = -(logp_all.detach().exp() * logp_all.detach()).sum(-1) if call.entropy else None
-    correct = logp_all.detach().argmax(-1) == call.targets
+    fixed = logp_all.detach()
+    entropy = -(fixed.exp() * fixed).sum(-1) if call.entropy else None
+    collision = (2 * fixed).logsumexp(-1) if call.collision else None
+    correct = fixed.argmax(-1) == call.targets
     if call.objective is None:
-        return logp.new_zeros(()), logp, entropy, correct
+        return logp.new_zeros(()), logp, entropy, correct, collision
     loss = call.objective(logp, slice(0, logp.shape[0])).sum()
-    return loss, logp.detach(), entropy, correct
+    return loss, logp.detach(), entropy, correct, collision

@@ -16,8 +16,13 @@ from shared.hub import require_available
 from shared.runtime.arguments import ModelArguments
 from shared.runtime.launch import engine_asked, has_accelerator
 
-Head = Literal["image-text-to-text", "causal-lm"]
-HEADS = {"image-text-to-text": "AutoModelForImageTextToText", "causal-lm": "AutoModelForCausalLM"}
+Head = Literal["image-text-to-text", "causal-lm", "sequence-classification", "token-classification"]
+HEADS = {
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+}
 
 
 def model_init_kwargs(args: ModelArguments) -> dict[str, Any]:
@@ -122,8 +127,8 @@ def load_model(
         attn_implementation: "eager", "sdpa", "flash_attention_2", …; None lets transformers choose.
         trust_remote_code: run code that comes with the model. Off by default.
         quantization_config: a transformers quantisation configuration.
-        seed: for built-in models.
-        options: anything else that `from_pretrained` takes.
+        seed: draws the weights of a built-in model, and of a head that the checkpoint does not have.
+        options: anything else that `from_pretrained` takes, such as `num_labels`.
 
     Raises:
         UserError: unknown id, no network, a model without such a head, an attention that is not installed.
@@ -135,7 +140,7 @@ def load_model(
     if is_builtin(name):
         from shared.builtin.models import load_model as load_builtin
 
-        return load_builtin(name, seed=seed)
+        return load_builtin(name, seed=seed, head=head, **options)
     auto = getattr(transformers, HEADS[head])
     dtype = options.pop("torch_dtype", dtype)  # its older name
     if isinstance(dtype, str) and dtype != "auto":

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import time
 from collections import defaultdict
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +86,12 @@ class AlignTrainer(Trainer):
         """Learning rates by parameter name, for parameters that do not take `args.learning_rate`."""
         return {}
 
+    def save_extras(self, checkpoint: Path) -> None:
+        """Write what a resumed run needs beyond transformers' own state; called on every process."""
+
+    def load_extras(self, checkpoint: Path) -> None:
+        """Read it back, once model and optimizer are."""
+
     def _name_sharded_layers(self) -> None:
         """Shard by the layers that the model has: its class may name others, which accelerate would look for."""
         plugin = self.accelerator.state.fsdp_plugin
@@ -155,13 +159,14 @@ class AlignTrainer(Trainer):
         if args.should_save:
             if self._resume is None:
                 checkpoints.clear_run(args.output_dir)
-            options = self.run_options or yaml.safe_dump(plain(_chosen(args)), sort_keys=True)
+            options = self.run_options or yaml.safe_dump(plain(args.chosen()), sort_keys=True)
             self._tell_changes(options)
             checkpoints.write_atomically(Path(args.output_dir) / "run.yaml", options)
-            self.report.config = {**_chosen(args), **(yaml.safe_load(options) or {})}
+            self.report.config = {**args.chosen(), **(yaml.safe_load(options) or {})}
             print(parameter_report(self.model), flush=True)
         self.accelerator.wait_for_everyone()
         if self._resume is not None:
+            self.load_extras(self._resume)
             self._recall_before(self._resume.parent / "report" / "report.json")
             written_by = checkpoints.processes_of(self._resume)
             if written_by not in (None, args.world_size) and args.should_save:
@@ -294,6 +299,7 @@ class AlignTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        self.save_extras(path)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.mark_complete(path, step=self.state.global_step, processes=self.args.world_size)
@@ -381,15 +387,3 @@ class AlignTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self._drain_metrics()}
         super().log(logs, start_time)
-
-
-def _chosen(args: AlignConfig) -> dict[str, Any]:
-    """The options that differ from their defaults, as plain values."""
-    given = args.to_dict()
-    chosen = {}
-    for field in fields(args):
-        value = given.get(field.name)
-        if field.init and value != field.default and isinstance(value, str | int | float | bool | list | dict):
-            chosen[field.name] = value
-    chosen["output_dir"] = os.fspath(args.output_dir)
-    return chosen

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import get_token
@@ -58,6 +59,7 @@ class AlignConfig(AlignOptions, TrainingArguments):
     """
 
     run_name_stem: ClassVar[str] = "run"  # names the folder of a run that is given none: runs/<stem>
+    followed: ClassVar[dict[str, tuple]] = FOLLOWED
 
     def __post_init__(self):
         self._check_options()
@@ -90,7 +92,7 @@ class AlignConfig(AlignOptions, TrainingArguments):
         for name, least in LEAST.items():
             if (value := getattr(self, name, None)) is not None and value < least:
                 raise UserError(f"{name} {value}: must be at least {least}.")
-        for name, followed in FOLLOWED.items():
+        for name, followed in self.followed.items():
             if (value := getattr(self, name)) not in followed:
                 raise UserError(f"{name} {value} is not supported by this trainer: leave it at {followed[0]}.")
         if self.push_to_hub and self.hub_token is None and get_token() is None:
@@ -104,6 +106,18 @@ class AlignConfig(AlignOptions, TrainingArguments):
         """
         resume = resume_path(self.resume_from_checkpoint, self.output_dir)
         check_output_dir(self.output_dir, resuming=resume is not None, overwrite=self.overwrite_output_dir)
+
+    def chosen(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as plain values."""
+        given = self.to_dict()
+        chosen = {}
+        for field in fields(self):
+            value = given.get(field.name)
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if field.init and value != default and isinstance(value, str | int | float | bool | list | dict):
+                chosen[field.name] = value
+        chosen["output_dir"] = os.fspath(self.output_dir)
+        return chosen
 
     def _choose_precision(self) -> None:
         cuda = has_accelerator() and not self.use_cpu

@@ -25,13 +25,17 @@ from shared.policies.token import TokenPolicy
 from shared.runtime.fsdp import reshard
 from shared.trainers.base import AlignTrainer
 from shared.trainers.keeping import preserved_randomness
+from shared.trainers.sampling import LengthGrouped
 
 
 class OfflineTrainer(AlignTrainer):
     """Base of the trainers whose batches come from a data set; gives each step its denominator."""
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The micro-batches of one optimizer step, and how many tokens they count over all processes."""
+        """The micro-batches of one optimizer step, and how many tokens they count over all processes.
+
+        Sets `self.step`: the sums of `step_counts` over all micro-batches and processes, at least 1.
+        """
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
@@ -42,16 +46,35 @@ class OfflineTrainer(AlignTrainer):
             )
         for batch in batches:
             self.row_notes.update(batch.notes)
-        seen = torch.stack([torch.stack([b.counted_tokens(), b.completion_attention.sum()]) for b in batches]).sum(0)
-        rows = seen.new_tensor([sum(batch.rows for batch in batches)])
-        counted, tokens, samples = self.accelerator.reduce(torch.cat([seen, rows]).to(device), "sum")
-        self._seen = getattr(self, "_seen", 0) + torch.stack([tokens, samples])
-        return batches, counted.clamp(min=1)
+        counts = [{"seen": batch.completion_attention.sum(), **self.step_counts(batch)} for batch in batches]
+        names = list(counts[0])
+        sums = torch.stack([torch.stack([torch.as_tensor(c[name]) for name in names]) for c in counts]).sum(0)
+        rows = sums.new_tensor([sum(batch.rows for batch in batches)])
+        *totals, samples = self.accelerator.reduce(torch.cat([sums, rows]).to(device), "sum")
+        seen = dict(zip(names, totals, strict=True))
+        self._seen = getattr(self, "_seen", 0) + torch.stack([seen.pop("seen"), samples])
+        self.step = {name: total.clamp(min=1) for name, total in seen.items()}
+        self.prepare_step(batches)
+        return batches, self.step["counted"]
+
+    def step_counts(self, batch: GroupedBatch) -> dict[str, Tensor]:
+        """What the losses are divided by, as scalars: their sums over the whole optimizer step are `self.step`."""
+        return {"counted": batch.counted_tokens()}
+
+    def prepare_step(self, batches: list[GroupedBatch]) -> None:
+        """Called before the micro-batches of an optimizer step, for what all of them share."""
 
     def _write_report(self, status: str) -> None:
         if hasattr(self, "_seen"):
             self._totals["tokens"], self._totals["samples"] = self._seen.tolist()
         super()._write_report(status)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(rows, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGrouped(rows.lengths, size, seed=self.args.data_seed)
 
     def _prepare_inputs(self, inputs: GroupedBatch) -> GroupedBatch:
         return inputs.to(self.args.device, non_blocking=True)
@@ -65,7 +88,7 @@ class OfflineTrainer(AlignTrainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, str):
             rows = self.eval_dataset[rows]
-        if not isinstance(rows, Rows):
+        if not hasattr(rows, "share"):
             rows = Rows(rows)
         return DataLoader(
             rows.share(self.args.process_index, self.args.world_size),
@@ -157,7 +180,7 @@ class SupervisedTrainer(OfflineTrainer):
         num_items_in_batch: Tensor | None = None,
     ):
         """This micro-batch's share of the step's mean loss per counted token, times the number of processes."""
-        weight = self.args.world_size / num_items_in_batch
+        weight = self.args.world_size / self.step["counted"]
         loss, stats = self.policy.token_objective(
             model, inputs, lambda logp, at: self.objective(logp) * weight, entropy=self._logs_this_step()
         )

@@ -50,8 +50,9 @@ def test_two_tokens_by_hand():
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], requires_grad=True)
     targets = torch.tensor([0, 2])
 
-    stats = head_log_probs(hidden, weight, targets, entropy=True)
+    stats = head_log_probs(hidden, weight, targets, entropy=True, collision=True)
     torch.testing.assert_close(stats.logp, torch.tensor([0.5, 1 / 3]).log())
+    torch.testing.assert_close(stats.collision, torch.tensor([3 / 8, 1 / 3]).log())  # 1/4 + 1/16 + 1/16
     torch.testing.assert_close(stats.entropy, torch.tensor([1.5 * math.log(2), math.log(3)]))
     assert stats.correct.tolist() == [True, True]  # the second is a tie
 
@@ -85,13 +86,14 @@ def test_objective_equals_plain_logits(transform, chunk_size):
     def curve(logp, part):  # not linear in logp, and different for each token
         return factor[part] * (logp.exp() + logp.square())
 
-    options = {"bias": bias, "transform": transform, "chunk_size": chunk_size, "entropy": True}
+    options = {"bias": bias, "transform": transform, "chunk_size": chunk_size, "entropy": True, "collision": True}
     loss, stats = head_objective(hidden, weight, targets, curve, **options)
     reference, every = plain_logp(hidden, weight, targets, bias, transform)
     reference_loss = curve(reference, slice(0, 11)).sum()
     torch.testing.assert_close(loss, reference_loss)
     torch.testing.assert_close(stats.logp, reference.detach())
     torch.testing.assert_close(stats.entropy, -(every.exp() * every).sum(-1).detach())
+    torch.testing.assert_close(stats.collision, every.exp().square().sum(-1).log().detach())
     assert torch.equal(stats.correct, every.argmax(-1) == targets)
     ours = torch.autograd.grad(3 * loss, leaves[:3])  # a gradient other than 1 comes in
     torch.testing.assert_close(ours, torch.autograd.grad(3 * reference_loss, leaves[:3]))
@@ -110,11 +112,24 @@ def test_equals_cross_entropy_in_float32(via):
     torch.testing.assert_close(ours, torch.autograd.grad(plain, (hidden, weight, bias)), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+def test_the_collision_is_given_where_asked_for_and_leaves_the_gradients_alone(entropy):
+    hidden, weight, bias, targets = make()
+    plain = head_log_probs(hidden, weight, targets, bias=bias, entropy=entropy)
+    asked = head_log_probs(hidden, weight, targets, bias=bias, entropy=entropy, collision=True, chunk_size=4)
+    assert plain.collision is None and not asked.collision.requires_grad
+    every = plain_logp(hidden, weight, targets, bias)[1]
+    torch.testing.assert_close(asked.collision, every.exp().square().sum(-1).log().detach())
+    gradients = [torch.autograd.grad(stats.logp.sum(), (hidden, weight, bias)) for stats in (asked, plain)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_large_logits_stay_finite():
     hidden, weight = torch.tensor([[300.0], [-300.0]]), torch.tensor([[1.0], [0.0]])
-    stats = head_log_probs(hidden, weight, torch.tensor([1, 1]), entropy=True)
+    stats = head_log_probs(hidden, weight, torch.tensor([1, 1]), entropy=True, collision=True)
     torch.testing.assert_close(stats.logp, torch.tensor([-300.0, 0.0]))
     torch.testing.assert_close(stats.entropy, torch.tensor([0.0, 0.0]))
+    torch.testing.assert_close(stats.collision, torch.tensor([0.0, 0.0]))
 
 
 @pytest.mark.parametrize("via", ["objective", "log_probs"])

@@ -146,6 +146,11 @@ def test_a_model_that_hides_what_it_does_to_its_logits_is_run_whole(batch, caplo
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(loss, expected)
     assert not policy.fused and "whole logits" in caplog.text
+    found = policy.log_probs(model, batch, entropy=True, collision=True)
+    every = logits.log_softmax(-1)
+    counted = batch.completion_mask[:, 1:]
+    torch.testing.assert_close(found.entropy[:, 1:], -(every.exp() * every).sum(-1) * counted)
+    torch.testing.assert_close(found.collision[:, 1:], every.exp().square().sum(-1).log() * counted)
 
 
 def test_a_batch_that_counts_nothing_gives_zero(batch):

@@ -1,0 +1,199 @@
+"""A row as text: what is written, and which of its characters are learnt, answer, or end a step.
+
+A row is written once. Strings are joined as they are, without a chat template; messages are written by the template.
+
+Deliberately not here: tokens (tokenise.py), templates and what they do around a turn (chat.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shared.data.chat import LOSS_ON, Span, render
+from shared.data.conversation import Conversation, read_conversation
+from shared.data.pairs import split_pair
+from shared.data.schema import Kind, to_conversation
+from shared.errors import DataError, UserError
+
+SUPERVISED = (Kind.LANGUAGE_MODELING, Kind.MESSAGES, Kind.PROMPT_COMPLETION, Kind.TOKENS)
+_LOSS_ON = {
+    Kind.LANGUAGE_MODELING: ("all",),
+    Kind.MESSAGES: ("assistant", "all"),
+    Kind.PROMPT_COMPLETION: LOSS_ON,
+    Kind.TOKENS: LOSS_ON,
+}
+_COLUMNS = {
+    Kind.MESSAGES: ("messages", "conversations"),
+    Kind.PROMPT_COMPLETION: ("prompt", "completion", "messages", "conversations"),
+    Kind.PROMPT_ONLY: ("prompt",),
+    Kind.PREFERENCE: ("prompt", "chosen", "rejected", "margin"),
+    Kind.UNPAIRED: ("prompt", "completion", "label"),
+    Kind.STEPWISE: ("prompt", "completions", "labels"),
+    Kind.TOKENS: ("input_ids", "labels", "completion_mask", "assistant_masks"),
+}
+_EXTRAS = ("tools", "chat_template_kwargs", "image", "images", "video", "videos")
+
+
+@dataclass
+class Text:
+    """A text on its way to its tokens.
+
+    Attributes:
+        text: what is tokenised.
+        spans: the characters that count: what is learnt, the answer, or one span a step. None: all of it.
+        plain: no template wrote it, so the tokenizer's own leading special tokens belong to it.
+        ends: it is an answer, or a whole text, that ends there: an end-of-sequence token belongs to it.
+    """
+
+    text: str
+    spans: list[Span] | None
+    plain: bool = True
+    ends: bool = True
+
+
+class Writer:
+    """Writes rows of one kind as text. The arguments are Tokeniser's."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        kind: Kind,
+        *,
+        loss_on: str,
+        template_kwargs: dict[str, Any] | None,
+        step_separator: str,
+        text_field: str,
+    ):
+        allowed = _LOSS_ON.get(kind, LOSS_ON)
+        if loss_on not in allowed:
+            raise UserError(f"loss_on is {loss_on!r}; with {kind} data allowed: {', '.join(allowed)}.")
+        self.tokenizer, self.kind, self.loss_on = tokenizer, kind, loss_on
+        self.template_kwargs, self.step_separator, self.text_field = template_kwargs, step_separator, text_field
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are looked at."""
+        own = (self.text_field,) if self.kind is Kind.LANGUAGE_MODELING else _COLUMNS[self.kind]
+        return (*own, *_EXTRAS)
+
+    def write(self, row: Mapping[str, Any], number: int) -> list[Text]:
+        """The texts of a row: two for a preference pair, one otherwise.
+
+        Raises:
+            DataError: `row N: ...`.
+        """
+        if self.kind is Kind.LANGUAGE_MODELING:
+            text = row.get(self.text_field)
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"row {number}: {self.text_field} is no text, or an empty one")
+            return [Text(text, None)]
+        if self.kind is Kind.PREFERENCE:
+            return self._pair(row, number)
+        if self.kind is Kind.STEPWISE:
+            return [self._steps(row, number)]
+        prompt, answer = row.get("prompt"), row.get("completion")
+        if self.kind is not Kind.MESSAGES and isinstance(prompt, str) and isinstance(answer, str):
+            whole = self.kind is Kind.PROMPT_COMPLETION and self.loss_on == "all"
+            return [_joined(prompt, answer, number, "completion", whole=whole)]
+        if self.kind is Kind.UNPAIRED:
+            return [self._rendered(read_conversation(row, number, "prompt", "completion"), "completion")]
+        return [self._rendered(to_conversation(row, number, self.kind), self.loss_on)]
+
+    def ask(self, row: Mapping[str, Any], number: int) -> tuple[Text, str]:
+        """The row up to the answer that a model is to give, and that answer.
+
+        Raises:
+            DataError: `row N: ...`.
+        """
+        name = "completion"
+        if self.kind is Kind.PREFERENCE:
+            name = "chosen"
+            prompt, chosen, _ = split_pair(row, number)
+            row = {**row, "prompt": prompt, "chosen": chosen}
+        elif self.kind is Kind.STEPWISE:
+            row = {**row, "completion": self.step_separator.join(row["completions"])}
+        prompt, answer = row.get("prompt"), row.get(name)
+        if self.kind is not Kind.MESSAGES and isinstance(prompt, str) and isinstance(answer, str):
+            return Text(prompt, None, ends=False), answer
+        if self.kind in (Kind.MESSAGES, Kind.PROMPT_COMPLETION):
+            conversation = to_conversation(row, number, self.kind)
+        else:
+            conversation = read_conversation(row, number, "prompt", name)
+        count = conversation.prompt_messages
+        if count is None:
+            count = max(at for at, turn in enumerate(conversation.messages) if turn["role"] == "assistant")
+        said = next((turn for turn in conversation.messages[count:] if turn["role"] == "assistant"), {"content": ()})
+        asked = Conversation(conversation.messages[:count], extras=conversation.extras, row=number)
+        text = self._render(asked, add_generation_prompt=True).text
+        return Text(text, None, plain=False, ends=False), "".join(part.get("text", "") for part in said["content"])
+
+    def _pair(self, row: Mapping[str, Any], number: int) -> list[Text]:
+        prompt, chosen, rejected = split_pair(row, number)
+        if chosen == rejected:
+            raise DataError(f"row {number}: chosen and rejected are the same: there is nothing to prefer")
+        if isinstance(prompt, str) and isinstance(chosen, str):
+            return [_joined(prompt, chosen, number, "chosen"), _joined(prompt, rejected, number, "rejected")]
+        whole = {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        chats = (read_conversation(whole, number, "prompt", name) for name in ("chosen", "rejected"))
+        return [self._rendered(chat, "completion") for chat in chats]
+
+    def _steps(self, row: Mapping[str, Any], number: int) -> Text:
+        prompt, plain = row.get("prompt"), True
+        if not isinstance(prompt, str):
+            chat = read_conversation(row, number, "prompt", None)
+            prompt, plain = self._render(_text_only(chat), add_generation_prompt=True).text, False
+        spans, pieces, at = [], [prompt], len(prompt)
+        for step in row["completions"]:
+            pieces += [step, self.step_separator]
+            end = at + len(step) + len(self.step_separator)
+            spans.append((at, end))
+            at = end
+        return Text("".join(pieces), spans, plain, ends=False)
+
+    def _rendered(self, conversation: Conversation, loss_on: str) -> Text:
+        rendered = self._render(_text_only(conversation), loss_on=loss_on)
+        return Text(rendered.text, None if loss_on == "all" else rendered.spans, plain=False, ends=False)
+
+    def _render(self, conversation: Conversation, **options: Any):
+        extras = conversation.extras
+        if extras.get("tools") is not None:
+            conversation.extras = {**extras, "tools": _tools(extras["tools"], conversation.row)}
+        for message in conversation.messages:
+            if "tool_calls" in message:
+                message["tool_calls"] = _without_nones(message["tool_calls"])
+        return render(self.tokenizer, conversation, template_kwargs=self.template_kwargs, **options)
+
+
+def _joined(prompt: str, answer: str, number: int, name: str, *, whole: bool = False) -> Text:
+    if not answer.strip():
+        raise DataError(f"row {number}: {name} is empty, so there is nothing to learn")
+    text = prompt + answer
+    return Text(text, None if whole else [(len(prompt), len(text))])
+
+
+def _text_only(conversation: Conversation) -> Conversation:
+    if conversation.images or conversation.videos:
+        shown = "an image" if conversation.images else "a video"
+        raise DataError(f"row {conversation.row}: has {shown}, but this trainer takes text; use the vision trainer")
+    return conversation
+
+
+def _tools(tools: Any, number: int) -> list | None:
+    """The functions that a row offers, without the empty places that a data set's columns give them."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise DataError(f"row {number}: tools is no JSON: {error}") from error
+    return _without_nones(tools) or None
+
+
+def _without_nones(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nones(item) for name, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_nones(item) for item in value]
+    return value

@@ -1,0 +1,119 @@
+"""Tables of tokens on disk: found again by what they were made of, written whole or not at all, mapped when read.
+
+A table is a folder `<cache>/tokens/<key>` of plain .npy files and a JSON file, `<cache>` being `$TRIALIGN_CACHE` or
+`~/.cache/trialign`. It can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.data.rows import Rows
+from shared.data.tokens import Ragged, TokenTable
+
+_META = "table.json"
+_BATCH = 10_000  # rows hashed at a time
+
+
+def cache_folder(what: str = "tokens") -> Path:
+    """The folder that holds one kind of cached results."""
+    root = os.environ.get("TRIALIGN_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "trialign")
+    return Path(root) / what
+
+
+def table_key(*parts: str) -> str:
+    """One name for a table from all that decides what is in it."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
+
+
+def data_fingerprint(rows: Rows) -> str:
+    """A hash of the rows' content: a data set's own where it lies in files, otherwise taken over all values."""
+    digest = hashlib.sha256()
+    dataset = rows.dataset
+    if getattr(dataset, "cache_files", None):
+        digest.update(dataset._fingerprint.encode())
+    elif hasattr(dataset, "with_format"):
+        _hash_table(dataset.with_format("arrow"), digest)
+    else:
+        for at in range(len(dataset)):
+            digest.update(json.dumps(dataset[at], sort_keys=True, default=str).encode())
+    if rows.kept is not None:
+        digest.update(np.asarray(rows.kept, dtype=np.int64).tobytes())
+    return digest.hexdigest()[:40]
+
+
+def _hash_table(dataset: Any, digest: Any) -> None:
+    """Hash the values of an arrow-formatted data set, however they are cut into chunks."""
+    import pyarrow as pa
+
+    for start in range(0, len(dataset), _BATCH):
+        table = dataset[start : start + _BATCH].combine_chunks().replace_schema_metadata(None)
+        # Taking the rows copies them: a slice would bring bits of its neighbours along.
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table.take(np.arange(len(table))).combine_chunks())
+        digest.update(sink.getvalue())
+
+
+def load_table(path: Path) -> tuple[TokenTable, dict[str, Any]] | None:
+    """A table with what was noted of it, its arrays mapped; None where there is none."""
+    if not (path / _META).is_file():
+        return None
+    meta = json.loads((path / _META).read_text(encoding="utf-8"))
+    columns: dict[str, Ragged | np.ndarray] = {}
+    for name, ragged in meta["columns"].items():
+        values = np.load(path / f"{name}.npy", mmap_mode="r")
+        if ragged:
+            columns[name] = Ragged.of_lengths(values, np.load(path / f"{name}.lengths.npy"))
+        else:
+            columns[name] = values
+    return TokenTable(columns, np.load(path / "rows.npy")), meta["notes"]
+
+
+def save_table(path: Path, table: TokenTable, notes: dict[str, Any]) -> None:
+    """Write a table under its name at once: no other process ever sees a part of it.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:8]}-", dir=path.parent))
+    try:
+        for name, column in table.columns.items():
+            if isinstance(column, Ragged):
+                column = column.compact()
+                np.save(folder / f"{name}.lengths.npy", column.lengths)
+                np.save(folder / f"{name}.npy", column.values)
+            else:
+                np.save(folder / f"{name}.npy", column)
+        np.save(folder / "rows.npy", table.rows)
+        ragged = {name: isinstance(column, Ragged) for name, column in table.columns.items()}
+        (folder / _META).write_text(json.dumps({"columns": ragged, "notes": notes}), encoding="utf-8")
+        with contextlib.suppress(OSError):  # another process was first: its table is the same
+            os.rename(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Make the other processes of this machine wait while one of them makes the table.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(path.name + ".lock")):
+        yield

@@ -1,0 +1,146 @@
+"""A second, frozen adapter beside the one that is trained: the reference of a run that goes on with an adapter.
+
+It stands in the PEFT model under the name "reference", is not trained, and is not saved with the model. Which adapter
+runs is switched on the layers themselves: PEFT's own switches set and unset what is trained, under an engine's feet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import UserError
+from shared.trainers.keeping import preserved_randomness
+
+REFERENCE_ADAPTER = "reference"
+
+
+def trained_adapter(model: Any) -> str:
+    """The name of the adapter that is trained.
+
+    Raises:
+        UserError: several are active, or the active one is called "reference".
+    """
+    active = model.active_adapter
+    names = [active] if isinstance(active, str) else list(active)
+    if len(names) != 1 or names[0] == REFERENCE_ADAPTER:
+        raise UserError(
+            f"The active adapters of the model are {', '.join(names) or 'none'}: set one other than "
+            f"{REFERENCE_ADAPTER!r} active with model.set_adapter(name); it is the one that is trained."
+        )
+    return names[0]
+
+
+def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """An adapter's parameters and buffers, by their names with a star for the adapter's."""
+    found = {}
+    for path, container in model.named_modules():  # PEFT keeps what is an adapter's in dicts with its name as key
+        if not hasattr(container, "keys") or adapter not in container:
+            continue
+        item = container[adapter]
+        if isinstance(item, Tensor):
+            found[f"{path}.*"] = item
+        elif isinstance(item, nn.Module):
+            tensors = (*item.named_parameters(), *item.named_buffers())
+            found.update({f"{path}.*.{name}": tensor for name, tensor in tensors})
+    return found
+
+
+@torch.no_grad()
+def adds_nothing(model: Any) -> bool:
+    """Whether the model with its adapter is still the model without: a LoRA adapter none of whose B was trained."""
+    from peft import LoraConfig
+
+    adapter = trained_adapter(model)
+    if not isinstance(model.peft_config[adapter], LoraConfig):
+        return False
+    tensors = adapter_tensors(model, adapter)
+    originals = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        original = originals.get(name.replace("modules_to_save.*", "original_module"), tensor)
+        with gathered(tensor), gathered(original):
+            is_b = "lora_B" in name or "lora_embedding_B" in name
+            if (is_b and tensor.any()) or not torch.equal(tensor, original):
+                return False
+    return True
+
+
+def add_reference_adapter(model: Any) -> None:
+    """Copy the trained adapter, as it is now, into a frozen one named "reference"."""
+    adapter = trained_adapter(model)
+    config = copy.deepcopy(model.peft_config[adapter])
+    config.inference_mode = True
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # others take the base's weights apart a second time
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    with preserved_randomness():
+        model.add_adapter(REFERENCE_ADAPTER, config)
+    with torch.no_grad():
+        source = adapter_tensors(model, adapter)
+        for name, tensor in adapter_tensors(model, REFERENCE_ADAPTER).items():
+            tensor.data = source[name].detach().clone()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.get(name, False))
+    keep_out_of_training(model)
+
+
+def keep_out_of_training(model: Any) -> None:
+    """Freeze the adapter named "reference", and leave it out where the model is saved."""
+    for tensor in adapter_tensors(model, REFERENCE_ADAPTER).values():
+        tensor.requires_grad_(False)
+    model.save_pretrained = types.MethodType(_without_reference(type(model).save_pretrained), model)
+
+
+def _without_reference(plain):
+    @functools.wraps(plain)
+    def save_pretrained(self: Any, save_directory: str, *args: Any, selected_adapters=None, **kwargs: Any):
+        selected = selected_adapters or [name for name in self.peft_config if name != REFERENCE_ADAPTER]
+        return plain(self, save_directory, *args, selected_adapters=selected, **kwargs)
+
+    return save_pretrained
+
+
+@contextlib.contextmanager
+def adapter_in_use(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Run with another adapter, or with none, for a while; what is trained stays as it is.
+
+    Args:
+        model: a PEFT model, unwrapped; any other model is left alone.
+        adapter: the adapter's name; None for the base model.
+    """
+    if not hasattr(model, "peft_config"):
+        yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = adapter is None
+        if adapter is not None:
+            layer._active_adapter = [adapter]
+    try:
+        yield
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+@contextlib.contextmanager
+def gathered(tensor: Tensor, *, write: bool = False) -> Iterator[None]:
+    """A parameter that DeepSpeed ZeRO-3 cuts up, whole for a while; with `write`, changes are kept."""
+    if not hasattr(tensor, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if write else None):
+        yield

@@ -1,0 +1,240 @@
+"""Reference log-probabilities computed once, before training, and kept on disk for later runs.
+
+They are kept for each token of each answer, under a key of what they depend on: the reference's weights, the rows'
+tokens, and the type of the computation. Learning rate, β, the objective and its weights are not among these, so that
+runs which differ in them pay once. One folder a key:
+
+    $TRIALIGN_CACHE/reference/<key>/chosen_ref_logp.npy   flat float32, row after row
+                                    rejected_ref_logp.npy
+                                    made_of.json          what the key stands for, to be read by people
+
+`$TRIALIGN_CACHE` is ~/.cache/trialign where it is not set. Nothing is ever deleted here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shared.builtin import is_builtin
+from shared.data.rows import PADDING
+from shared.data.token_cache import cache_folder
+from shared.data.tokens import Ragged, TokenTable
+from shared.errors import UserError
+from shared.policies.base import GroupedBatch
+from shared.trainers.reference import AdapterOff, Reference, unwrapped
+from shared.trainers.reference_adapter import adapter_tensors, gathered
+
+FORMAT = 1  # raised when the same reference comes to give other figures
+WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+
+
+def weights_of_name(name: str, *, revision: str | None = None, **loading: Any) -> str | None:
+    """What stands for a model's weights in the key, without loading them; None where its name does not say.
+
+    Args:
+        name: hub id or folder. A folder's files count with their names, sizes and times of change.
+        revision: branch, tag or commit.
+        loading: options that change what the model computes (dtype, quantisation, …).
+    """
+    if is_builtin(name):
+        return None  # drawn from a seed
+    files = []
+    if Path(name).is_dir():
+        found = sorted(path for pattern in WEIGHT_FILES for path in Path(name).glob(pattern))
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+        name = str(Path(name).resolve())
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            return None
+        revision = Path(cached).parent.name  # the commit: a branch moves
+    return json.dumps([name, revision, files, {k: str(v) for k, v in sorted(loading.items())}])
+
+
+@torch.no_grad()
+def weights_of_model(model: nn.Module, reference: Reference | None = None) -> str:
+    """What stands for a model's weights in the key: a digest of all of them. All processes call it together.
+
+    Args:
+        model: the reference model, wrapped or not.
+        reference: with AdapterOff, adapters that it does not run with do not count.
+    """
+    inner = unwrapped(model)
+    used = reference.adapter if isinstance(reference, AdapterOff) else None
+    unused = {
+        id(tensor)
+        for adapter in getattr(inner, "peft_config", {})
+        if adapter != used
+        for tensor in adapter_tensors(inner, adapter).values()
+    }
+    digest = hashlib.blake2b(digest_size=20)
+    for name, tensor in inner.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or id(tensor) in unused:
+            continue
+        with gathered(tensor):
+            whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
+            digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+            digest.update(whole.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def precompute(
+    reference: Reference | Callable[[], Reference],
+    table: TokenTable,
+    collator: Callable[[list[dict[str, Any]]], GroupedBatch],
+    *,
+    weights: str,
+    model: nn.Module,
+    accelerator: Accelerator,
+    batch_size: int,
+    what: str = "train",
+) -> TokenTable:
+    """The rows with the reference's log-probabilities of each token of their answers, computed or from the cache.
+
+    All processes call it together; each runs its share of the rows, of like lengths at a time.
+
+    Args:
+        reference: the reference, or what makes it: called only where there is something to compute.
+        table: preference rows, or unpaired ones.
+        collator: makes a batch of rows; without KL pairs for unpaired rows.
+        weights: what stands for the reference's weights: from `weights_of_name` or `weights_of_model`.
+        model: the policy's model as it can be run now.
+        accelerator: of the trainer.
+        batch_size: rows a process runs at a time.
+        what: the rows' name in the line that is printed.
+
+    Returns:
+        The table with columns `chosen_ref_logp` and `rejected_ref_logp`, or `completion_ref_logp`: float32, one value
+        a token.
+
+    Raises:
+        UserError: rows that are streamed or hold no answers.
+    """
+    columns = _columns(table)
+    made_of = {
+        "format": FORMAT,
+        "weights": weights,
+        "tokens": _digest_of_tokens(table),
+        "computed in": accelerator.mixed_precision,
+    }
+    key = hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
+    folder = cache_folder("reference") / broadcast_object_list([key])[0]
+    started = time.perf_counter()
+    known = all(gather_object([_is_complete(folder, table, columns)]))
+    if not known:
+        reference = reference if isinstance(reference, Reference) else reference()
+        values = _computed(reference, table, collator, columns, model, accelerator, batch_size)
+        if accelerator.is_local_main_process:
+            _write(folder, values, made_of)
+        accelerator.wait_for_everyone()
+    if accelerator.is_main_process and len(table):
+        seconds = time.perf_counter() - started
+        how = f"in {seconds:.1f} s ({len(table) / seconds:,.0f} rows/s), kept in" if not known else "from cache:"
+        print(f"Reference log-probabilities of {what}: {len(table):,} rows {how} {folder}", flush=True)
+    for ids, name in columns.items():
+        table = table.with_column(name, Ragged.of_lengths(_opened(folder, name), table.columns[ids].lengths))
+    return table
+
+
+def _columns(table: TokenTable) -> dict[str, str]:
+    """The answers' token columns, in the order of a batch's members, and the columns that are made for them."""
+    if not isinstance(table, TokenTable):
+        raise UserError(
+            "precompute_ref_log_probs runs the reference over all rows beforehand, which streamed rows do not allow. "
+            "Leave the option or the streaming out."
+        )
+    if "chosen_ids" in table.columns:
+        return {"chosen_ids": "chosen_ref_logp", "rejected_ids": "rejected_ref_logp"}
+    if "completion_ids" in table.columns:
+        return {"completion_ids": "completion_ref_logp"}
+    raise UserError(f"precompute_ref_log_probs: rows of {', '.join(table.columns)} hold no answers to a prompt.")
+
+
+def _digest_of_tokens(table: TokenTable) -> str:
+    digest = hashlib.blake2b(digest_size=20)
+    for name, column in sorted(table.columns.items()):
+        if name.endswith("_ids"):
+            column = column.compact()
+            digest.update(f"{name} {len(column)}".encode())
+            digest.update(column.lengths)
+            digest.update(np.ascontiguousarray(column.values))
+    return digest.hexdigest()
+
+
+def _computed(
+    reference: Reference,
+    table: TokenTable,
+    collator: Callable,
+    columns: dict[str, str],
+    model: nn.Module,
+    accelerator: Accelerator,
+    batch_size: int,
+) -> dict[str, np.ndarray]:
+    """Flat columns of all rows, on every process."""
+    order = np.argsort(-table.lengths, kind="stable")  # rows of like lengths in a batch; the longest show first
+    share = table.select(order).share(accelerator.process_index, accelerator.num_processes)
+    mine: dict[str, list[np.ndarray]] = {name: [] for name in columns.values()}
+    for rows in _batches(share, batch_size):
+        batch = collator(rows).to(accelerator.device)
+        with accelerator.autocast():
+            logp = reference.log_probs(model, batch).cpu().numpy()
+        for member, (ids, name) in enumerate(columns.items()):
+            answers = logp[member :: batch.group_size]
+            real = zip(answers, rows, strict=True)
+            mine[name] += [answer[: len(row[ids])] for answer, row in real if not row.get(PADDING)]
+    whole = {}
+    for ids, name in columns.items():
+        shares = gather_object([mine[name]])
+        parts: list[np.ndarray] = [np.empty(0, np.float32)] * len(table)
+        for rank, answers in enumerate(shares):
+            for at, answer in zip(order[rank :: len(shares)], answers, strict=True):
+                parts[at] = answer
+        whole[name] = np.concatenate(parts).astype(np.float32)
+        assert len(whole[name]) == table.columns[ids].lengths.sum(), f"{ids}: the collator cut rows short"
+    return whole
+
+
+def _batches(share: Any, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(share), batch_size):
+        yield [share[at] for at in range(start, min(start + batch_size, len(share)))]
+
+
+def _is_complete(folder: Path, table: TokenTable, columns: dict[str, str]) -> bool:
+    if not folder.is_dir():
+        return False
+    return all(len(_opened(folder, name)) == table.columns[ids].lengths.sum() for ids, name in columns.items())
+
+
+def _opened(folder: Path, name: str) -> np.ndarray:
+    path = folder / f"{name}.npy"
+    return np.load(path, mmap_mode="r" if path.stat().st_size > 128 else None)  # an empty array cannot be mapped
+
+
+def _write(folder: Path, values: dict[str, np.ndarray], made_of: dict[str, Any]) -> None:
+    """Write a folder so that it is there whole or not at all."""
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for name, array in values.items():
+            np.save(unfinished / f"{name}.npy", array)
+        (unfinished / "made_of.json").write_text(json.dumps(made_of, indent=1), encoding="utf-8")
+        if not folder.is_dir():  # another run, or another machine's process, was as quick
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

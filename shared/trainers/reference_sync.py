@@ -1,0 +1,137 @@
+"""A reference that follows the policy: TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656), and its checkpoints.
+
+θ_ref ← α θ + (1−α) θ_ref, every so many steps. Of a LoRA adapter the factors A and B are mixed, not their product:
+exact at α = 1, and below that the reference is a LoRA adapter of the same rank near the mixture.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
+
+from shared.errors import UserError
+from shared.trainers.reference import AdapterOff, FrozenCopy, Reference, unwrapped
+from shared.trainers.reference_adapter import REFERENCE_ADAPTER, adapter_tensors, gathered, trained_adapter
+
+REFERENCE_FILE = "reference.safetensors"
+
+
+@torch.no_grad()
+def sync_reference(policy_model: nn.Module, reference: Reference, *, alpha: float) -> None:
+    """Move the reference towards the policy: θ_ref ← α θ + (1−α) θ_ref. All processes call it together.
+
+    Args:
+        policy_model: the trainer's model, wrapped or not.
+        reference: made by `make_reference(…, synced=True)`.
+        alpha: α in [0, 1]; 1 puts the policy in the reference's place.
+
+    Raises:
+        UserError: α out of range, or a reference that was not made to be moved.
+    """
+    if not 0 <= alpha <= 1:
+        raise UserError(f"ref_model_mixup_alpha is {alpha}: must be at least 0 (no move) and at most 1 (replace).")
+    targets = _weights(policy_model, reference)
+    if isinstance(reference, AdapterOff):
+        inner = unwrapped(policy_model)
+        sources = adapter_tensors(inner, trained_adapter(inner))
+    else:
+        sources = dict(unwrapped(policy_model).named_parameters())
+    for name, target in targets.items():
+        with gathered(sources[name]), gathered(target, write=True):
+            here, there = _local(target), _local(sources[name])
+            if here.is_floating_point():
+                here.lerp_(there.to(here.dtype), alpha)
+
+
+class SyncReference(TrainerCallback):
+    """Moves the reference after every `every` optimizer steps.
+
+    Args:
+        reference: made by `make_reference(…, synced=True)`.
+        every: steps between two moves (the paper's τ).
+        alpha: share of the policy in the reference at each move.
+
+    Raises:
+        UserError: numbers out of range, or a reference that was not made to be moved.
+    """
+
+    def __init__(self, reference: Reference, *, every: int, alpha: float):
+        if every < 1:
+            raise UserError(f"ref_model_sync_steps is {every}: must be at least 1.")
+        if not 0 < alpha <= 1:
+            raise UserError(f"ref_model_mixup_alpha is {alpha}: must be above 0 and at most 1.")
+        if not reference.synced:
+            raise UserError("This reference is not made to be moved: make it with make_reference(…, synced=True).")
+        self.reference, self.every, self.alpha = reference, every, alpha
+
+    def on_step_end(self, args, state, control, *, model, **kwargs):
+        if state.global_step % self.every == 0:
+            sync_reference(model, self.reference, alpha=self.alpha)
+
+
+@torch.no_grad()
+def save_reference(policy_model: nn.Module, reference: Reference, folder: str | Path, *, writes: bool) -> None:
+    """Write a reference that is moved beside a checkpoint; nothing for one that stays as it was at the start.
+
+    Args:
+        policy_model: the trainer's model, wrapped or not.
+        reference: the trainer's reference.
+        folder: the checkpoint.
+        writes: whether this process writes. All processes call it together, since weights may be cut up.
+    """
+    if not reference.synced:
+        return
+    held = {}
+    for name, tensor in _weights(policy_model, reference).items():
+        with gathered(tensor):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if writes:
+                held[name] = whole.detach().to("cpu", copy=True).contiguous()
+    if writes:
+        save_file(held, Path(folder) / REFERENCE_FILE)
+
+
+@torch.no_grad()
+def load_reference(policy_model: nn.Module, reference: Reference, folder: str | Path) -> None:
+    """Put back a reference that was moved, from a checkpoint. All processes call it together.
+
+    Raises:
+        UserError: the checkpoint holds none, or that of another model.
+    """
+    if not reference.synced:
+        return
+    path = Path(folder) / REFERENCE_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {REFERENCE_FILE}: it was written by a run without sync_ref_model.")
+    targets = _weights(policy_model, reference)
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) != set(targets):
+            raise UserError(
+                f"{path} holds another model's reference. Resume with the options of the run; see run.yaml."
+            )
+        for name, target in targets.items():
+            with gathered(target, write=True):
+                whole = file.get_tensor(name).to(target.device)
+                if isinstance(target, DTensor):
+                    whole = distribute_tensor(whole, target.device_mesh, target.placements)
+                _local(target).copy_(_local(whole))
+
+
+def _weights(policy_model: nn.Module, reference: Reference) -> dict[str, Tensor]:
+    """The reference's own tensors: an adapter's, or a model's parameters."""
+    if isinstance(reference, FrozenCopy) and reference.synced:
+        return dict(unwrapped(reference.model).named_parameters())
+    if isinstance(reference, AdapterOff) and reference.adapter == REFERENCE_ADAPTER:
+        return adapter_tensors(unwrapped(policy_model), REFERENCE_ADAPTER)
+    raise UserError("This reference is not made to be moved: make it with make_reference(…, synced=True).")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds; both sides of a move are cut up alike."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
