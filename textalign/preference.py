@@ -110,7 +110,7 @@ class TextPreferenceTrainer(PreferenceTrainer):
             **objective,
             **reference,
         )
-        self.row_notes = dict(run.left_out)
+        run.tell(self)
 
     def objective_options(self, args: Any) -> dict[str, Any]:
         """What PairedTrainer or UnpairedTrainer takes of the objective. Bad options are told here, before all else."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -23,6 +22,7 @@ from shared.runtime.adapters import attach_adapter
 from shared.runtime.models import Head, load_model, load_processor
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import Answer
+from shared.trainers.base import AlignTrainer
 from shared.trainers.config import AlignConfig
 from shared.trainers.datasets import check_evaluation, check_steps, checked_rows, kind_of
 from textalign.options import TextOptions
@@ -43,6 +43,7 @@ class TextRun:
         held_out: token rows, or several sets of them by name; None where there are none.
         questions: the held-out rows as they were given, to be answered by generation.
         left_out: training rows that are not used -> why.
+        notes: what tokenising did to the rows, a text for each set of them.
     """
 
     model_name: str
@@ -53,6 +54,7 @@ class TextRun:
     held_out: Any
     questions: Rows | dict[str, Rows] | None
     left_out: dict[int, str]
+    notes: list[str]
 
     def encode_prompts(self, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[str]]:
         """Left-padded prompts of rows as `generate` takes them, and their recorded answers."""
@@ -64,6 +66,11 @@ class TextRun:
             ids[at, width - len(each.prompt_ids) :] = torch.as_tensor(each.prompt_ids)
             attention[at, width - len(each.prompt_ids) :] = 1
         return {"input_ids": ids, "attention_mask": attention}, [each.answer or "" for each in asked]
+
+    def tell(self, trainer: AlignTrainer) -> None:
+        """Put what was done to the rows into the trainer's report."""
+        trainer.row_notes = dict(self.left_out)
+        trainer.report.notes += self.notes
 
     def prompt(self, row: dict[str, Any]) -> str:
         """The question of a row as its author wrote it: a text, or the last thing that the user says."""
@@ -127,30 +134,27 @@ def prepare_text(
         },
     )
     train, held_out = checked_rows(train_dataset, eval_dataset, kind, args)
+    notes: list[str] = []
     left_out = {row: f"left out: {why}" for row, why in getattr(train, "left_out", {}).items()}
 
     def tokens(rows: Any, what: str) -> Any:
         if not isinstance(rows, Rows):
             return tokenise_stream(rows, tokeniser)
-        table, summary = _first_process_first(lambda: tokenise(rows, tokeniser, num_proc=num_proc, what=what))
+        table, summary = tokenise(rows, tokeniser, num_proc=args.dataset_num_proc, what=what)
+        notes.append(summary.text(what))
         if args.should_log:
-            print(summary.text(what), flush=True)
+            print(notes[-1], flush=True)
+        if rows is train:
+            left_out.update({row: f"left out: {why}" for row, why in summary.left_out.items()})
         return table
 
-    num_proc = args.dataset_num_proc
     train_tokens = tokens(train, "train")
     check_steps(args, train_tokens)
     if isinstance(held_out, dict):
         held_out_tokens = {name: tokens(rows, name) for name, rows in held_out.items()}
     else:
         held_out_tokens = None if held_out is None else tokens(held_out, "eval")
-    return TextRun(_name(model), tokenizer, kind, tokeniser, train_tokens, held_out_tokens, held_out, left_out)
-
-
-def _first_process_first(work: Callable[[], Any]) -> Any:
-    """Work whose result is cached: by each machine's first process, then by the others, which find it done."""
-    with PartialState().local_main_process_first():
-        return work()
+    return TextRun(_name(model), tokenizer, kind, tokeniser, train_tokens, held_out_tokens, held_out, left_out, notes)
 
 
 def _name(model: str | nn.Module) -> str:

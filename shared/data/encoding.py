@@ -279,7 +279,9 @@ class Tokeniser:
         if self.kind is Kind.STEPWISE:
             return False
         if "learnt" in record:
-            return record["input_ids"][record["learnt"].rfind(1)] not in self._ends
+            last = record["learnt"].rfind(1) + 1
+            # a template may write a line break after the end of the last turn
+            return self._ends.isdisjoint(record["input_ids"][max(0, last - 2) : last])
         answers = (record[name] for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in record)
         return any(answer[-1] not in self._ends for answer in answers)
 

@@ -178,6 +178,19 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
     return f"{what} {name!r} cannot be loaded: {first}{hint}"
 
 
+def precision_report(model, mixed_precision: str) -> str:
+    """One line: the types that weights are held in and the type of the arithmetic.
+
+    Args:
+        model: the model.
+        mixed_precision: accelerate's name of it: no, bf16, fp16 or fp8.
+    """
+    held = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    names = {"bf16": "bfloat16", "fp16": "float16"}
+    arithmetic = names.get(mixed_precision, mixed_precision) + " (autocast)" if mixed_precision != "no" else "the same"
+    return f"precision: weights in {', '.join(held)}; arithmetic in {arithmetic}"
+
+
 def parameter_report(model) -> str:
     """One line: how many parameters are trained, of how many, and in which types they are held."""
     trained: dict[str, int] = {}

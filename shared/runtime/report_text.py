@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MISSING = "-"
-SHARE_WORDS = frozenset({"accuracy", "accuracies"})
+SHARE_WORDS = frozenset({"accuracy", "accuracies", "win"})
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "error"})
 HIGHER_IS_BETTER = SHARE_WORDS | {"reward", "rewards"}
 

@@ -24,7 +24,7 @@ from shared.errors import DataError, UserError
 from shared.runtime import checkpoint as checkpoints
 from shared.runtime.fsdp import reshard, unused_parameters_allowed
 from shared.runtime.launch import check_engine
-from shared.runtime.models import parameter_report
+from shared.runtime.models import parameter_report, precision_report
 from shared.runtime.report import RunReport, SampleRow, before_after_table, peak_memory, plain
 from shared.trainers.config import AlignConfig
 from shared.trainers.keeping import preserved_randomness, restore_weights, without_progress_bars
@@ -163,6 +163,7 @@ class AlignTrainer(Trainer):
             self._tell_changes(options)
             checkpoints.write_atomically(Path(args.output_dir) / "run.yaml", options)
             self.report.config = {**args.chosen(), **(yaml.safe_load(options) or {})}
+            print(precision_report(self.model, self.accelerator.mixed_precision), flush=True)
             print(parameter_report(self.model), flush=True)
         self.accelerator.wait_for_everyone()
         if self._resume is not None:

@@ -25,10 +25,11 @@ from shared.runtime.report import SampleRow
 from shared.trainers.answers import Answer, answer, evenly_spaced, sampled
 from shared.trainers.judging import Judge, recall, remember, score, win_rate
 from shared.trainers.offline import OfflineTrainer
-from shared.trainers.reference import NoReference, Reference
+from shared.trainers.reference import Cached, NoReference, Reference
 
 LABELS = ("chosen", "rejected")
 STATE_FILE = "preference_state.safetensors"
+LEVEL = 1e-4  # rewards no further apart than this are taken for equal
 ROWS_SCORED = 512  # held-out rows whose preference is told before and after training
 
 
@@ -205,11 +206,10 @@ class PairedTrainer(PreferenceTrainer):
 
 def _paired_sums(pairs: Pairs, losses: PairLosses, out: LogProbs) -> dict[str, Tensor]:
     chosen, rejected = losses.chosen_rewards, losses.rejected_rewards
-    ahead = (chosen > rejected).float() + 0.5 * (chosen == rejected)  # before training all are level
     return {
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
-        "rewards/accuracies": ahead.sum(),
+        "rewards/accuracies": _above(chosen - rejected).sum(),
         "rewards/margins": (chosen - rejected).sum(),
         "logps/chosen": pairs.chosen.detach().sum(),
         "logps/rejected": pairs.rejected.detach().sum(),
@@ -219,6 +219,11 @@ def _paired_sums(pairs: Pairs, losses: PairLosses, out: LogProbs) -> dict[str, T
         "correct": _member_sum(out.correct, out.mask, 0),
         "tokens": out.mask[0::2].sum(),
     }
+
+
+def _above(differences: Tensor) -> Tensor:
+    """1 where positive, 0 where negative, ½ where level: before training, policy and reference differ by rounding."""
+    return (differences > LEVEL).float() + 0.5 * (differences.abs() <= LEVEL)
 
 
 def _member_sum(values: Tensor, mask: Tensor, member: int) -> Tensor:
@@ -279,17 +284,19 @@ class UnpairedTrainer(PreferenceTrainer):
             self._rewards[:2] = torch.stack(running_mean(self._rewards[0], self._rewards[1], added[0], added[1]))
             self._rewards[2:] = 0
         if self.uses_kl:
-            sums = sum(self._kl_sums(self.model_wrapped, self._prepare_inputs(batch)) for batch in batches)
+            sums = torch.stack([self._kl_sums(self.model_wrapped, batch) for batch in batches]).sum(0)
             self.kl = kl_estimate(self.accelerator.reduce(sums, "sum"))
             self.record("kl", self.kl, 1)
 
     @torch.no_grad()
     def _kl_sums(self, model: nn.Module, batch: GroupedBatch) -> Tensor:
-        others = batch.member(1)
+        """What the batch adds to the reference point; leaves the reference of the rows' own answers in its columns."""
+        moved = self._prepare_inputs(batch)
         with self.accelerator.autocast():
-            policy = self.policy.log_probs(model, others)
-        reference = self.reference.log_probs(model, others)
-        return kl_sums(policy.logp.sum(1), reference.sum(1), batch.columns["kl_counted"])
+            reference = self.reference.log_probs(model, moved)  # of both answers, their prompt run once
+            policy = self.policy.log_probs(model, moved.member(1))
+        batch.columns["ref_logp"] = reference[0::2]
+        return kl_sums(policy.logp.sum(1), reference[1::2].sum(1), moved.columns["kl_counted"])
 
     def compute_loss(
         self,
@@ -308,7 +315,8 @@ class UnpairedTrainer(PreferenceTrainer):
     def _losses(self, model: nn.Module, batch: GroupedBatch, kl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         own = batch.member(0)
         out = self.policy.log_probs(model, own)
-        logp, reference = out.logp.sum(1), self.reference.log_probs(model, own).sum(1)
+        known = Cached() if "ref_logp" in own.columns else self.reference
+        logp, reference = out.logp.sum(1), known.log_probs(model, own).sum(1)
         counted, good = own.columns["counted"], own.columns["label"]
         state = UnpairedState(kl, self._rewards[0].float(), own.columns.get("density_ratio"))
         losses = self.objective(logp - reference, good, state) * counted
@@ -320,7 +328,7 @@ class UnpairedTrainer(PreferenceTrainer):
         rewards = self.args.beta * (logp - reference)
         chosen, rejected = (good & counted).float(), (~good & counted).float()
         level = self._rewards[0].float() if self.uses_shift else self.kl * self.args.beta
-        above = (rewards > level).float() + 0.5 * (rewards == level)
+        above = _above(rewards - level)
         return {
             "loss": losses.sum(),
             "rewards": (rewards * counted).sum(),

@@ -18,7 +18,7 @@ STEPS = [
     {"prompt": "Where is it ?\n", "completions": ["left of the circle", "right"], "labels": [True, True]},
 ]
 OPTIONS = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 3e-3, "save_strategy": "no",
-           "disable_tqdm": True, "train_sampling_strategy": "random"}  # fmt: skip
+           "disable_tqdm": True}  # fmt: skip
 
 
 def chat(row):

@@ -31,7 +31,7 @@ def lm(tiny):
 def config(folder, **changed):
     options = {
         "per_device_train_batch_size": 8, "learning_rate": 3e-3, "max_steps": 4, "logging_steps": 1, "save_steps": 2,
-        "eval_answers": 0, "disable_tqdm": True, "train_sampling_strategy": "random", **changed,
+        "eval_answers": 0, "disable_tqdm": True, **changed,
     }  # fmt: skip
     return PRMConfig(output_dir=str(folder), **options)
 

@@ -46,7 +46,7 @@ def lm(tiny):
 def config(folder, **changed):
     options = {
         "per_device_train_batch_size": 8, "learning_rate": 3e-3, "max_steps": 4, "logging_steps": 1, "save_steps": 2,
-        "eval_answers": 0, "disable_tqdm": True, "train_sampling_strategy": "random", **changed,
+        "eval_answers": 0, "disable_tqdm": True, **changed,
     }  # fmt: skip
     return RewardConfig(output_dir=str(folder), **options)
 
@@ -84,7 +84,11 @@ def test_pair_accuracy_rises_and_the_report_says_so(row, lm, tmp_path):
     assert names | {f"eval_{name}" for name in names} <= set(report["curves"])
     assert len(report["samples"]) == 3
     sample = report["samples"][0]
-    assert "right: chosen +" in sample["after"] and "chosen" in sample["before"] and sample["columns"]["chosen"] == " the two"
+    assert (
+        "right: chosen +" in sample["after"]
+        and "chosen" in sample["before"]
+        and sample["columns"]["chosen"] == " the two"
+    )
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -1,0 +1,1 @@
+"""Rewards: what says how good an answer is."""

@@ -1,0 +1,233 @@
+"""A trained reward model as a reward function: `f(prompts, completions, **columns) -> list[float]`.
+
+What is scored is written and tokenised as in training, through shared.data. Deliberately not here: training such
+models (textalign.reward, textalign.prm), judges that answer in words, and rewards by rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from shared.data.rows import ROW
+from shared.data.schema import Kind
+from shared.data.tokenise import Tokeniser
+from shared.errors import DataError, UserError
+
+HEADS = {"ForSequenceClassification": 1, "ForTokenClassification": 2}  # kind of model -> outputs of its head
+TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}  # by PEFT's name
+HUB_OPTIONS = ("revision", "token", "trust_remote_code")
+STEPS = {"last": lambda chances: chances[-1], "min": min, "mean": lambda chances: sum(chances) / len(chances)}
+
+
+class RewardModel:
+    """Scores answers by a reward model, or by a process-reward model.
+
+    A reward model gives its score; a process-reward model the chance, between 0 and 1, that a step is right: of the
+    last step, of the worst one, or the mean over all. Steps are what the separator divides a completion into.
+
+    Args:
+        model: hub id or folder of a model with a score head, or of an adapter trained on one; or a loaded model.
+        tokenizer: the model's; loaded beside a model that is given by name.
+        batch_size: rows that are scored at once.
+        max_length: longer rows are cut as in training; None: no cut.
+        steps: `last`, `min` or `mean`; of a process-reward model.
+        step_separator: as in training; of a process-reward model.
+        template_kwargs: more variables for the chat template.
+        device: where a model that is given by name is put; None: the accelerator that is current at the first call.
+        options: more for `from_pretrained`, such as `dtype` or `revision`.
+
+    Raises:
+        UserError: the model cannot be loaded, or has no score head.
+
+    Example:
+        >>> reward = RewardModel("runs/reward_modeling")  # doctest: +SKIP
+        >>> reward(["What is 2 + 2?"], [" 4"])  # doctest: +SKIP
+        [3.1]
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        tokenizer: Any = None,
+        *,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        steps: Literal["last", "min", "mean"] = "last",
+        step_separator: str = "\n",
+        template_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ):
+        if steps not in STEPS:
+            raise UserError(f"steps is {steps!r}; allowed: {', '.join(STEPS)}.")
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: must be at least 1.")
+        self.device, self._placed = device, not isinstance(model, str)
+        self.__name__ = Path(model).name if isinstance(model, str) else type(model).__name__
+        if isinstance(model, str):
+            model, tokenizer = _load(model, tokenizer, options)
+        if tokenizer is None:
+            raise UserError("tokenizer is missing: give the one that belongs to the model.")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.by_step = _kind(model).endswith("ForTokenClassification")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        for config in (model.config, model.config.get_text_config()):
+            config.pad_token_id = tokenizer.pad_token_id  # by it transformers finds where a row is scored
+        self.batch_size, self.steps, self.step_separator = batch_size, steps, step_separator
+        self.tokeniser = Tokeniser(
+            tokenizer,
+            Kind.STEPWISE if self.by_step else Kind.UNPAIRED,
+            max_length=max_length,
+            template_kwargs=template_kwargs,
+            step_separator=step_separator,
+        )
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        """Scores of completions.
+
+        Args:
+            prompts, completions: strings, or lists of messages, which the chat template writes.
+            columns: the rows' other columns; not looked at.
+
+        Raises:
+            DataError: a row that cannot be written or read, named by its place.
+        """
+        rows = self._tokens(list(zip(prompts, completions, strict=True)))
+        order = sorted(range(len(rows)), key=lambda at: len(rows[at]["input_ids"]))
+        scores = [0.0] * len(rows)
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            for at, score in zip(part, self._scores([rows[at] for at in part]), strict=True):
+                scores[at] = score
+        return scores
+
+    def _tokens(self, pairs: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:
+        """Rows of `input_ids`, of a process-reward model with their `step_ends`."""
+        rows, found = {}, {}
+        for at, (prompt, completion) in enumerate(pairs):
+            said = _text(completion)
+            if self.by_step:
+                steps = [step for step in said.split(self.step_separator) if step.strip()] or [""]
+                rows[at] = {"prompt": prompt, "completions": steps, "labels": [True] * len(steps)}
+            elif said.strip():
+                rows[at] = {"prompt": prompt, "completion": completion, "label": True}
+            else:  # nothing was answered: no row of a data set is like it, yet it has a score
+                word = "." if isinstance(completion, str) else [{"role": "assistant", "content": "."}]
+                asked = self.tokeniser.ask({"prompt": prompt, "completion": word, ROW: at})
+                found[at] = {"input_ids": [*asked.prompt_ids, self.tokenizer.eos_token_id]}
+        batch = self.tokeniser.encode(list(rows.values()), list(rows))
+        if batch.bad:
+            raise DataError(next(iter(batch.bad.values())))
+        for at, record in zip(batch.rows, batch.records, strict=True):
+            whole = [*record["prompt_ids"], *record["completion_ids"]] if "prompt_ids" in record else None
+            found[at] = record if whole is None else {"input_ids": whole}
+        return [found[at] for at in range(len(pairs))]
+
+    @torch.no_grad()
+    def _scores(self, rows: Sequence[dict[str, Any]]) -> list[float]:
+        device = self._place()
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        attention = torch.zeros_like(ids)
+        for at, row in enumerate(rows):
+            ids[at, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
+            attention[at, : len(row["input_ids"])] = 1
+        logits: Tensor = self.model(input_ids=ids.to(device), attention_mask=attention.to(device)).logits.float()
+        if not self.by_step:
+            return logits.squeeze(1).tolist()
+        chances = logits.softmax(-1)[..., 1].cpu()
+        choose = STEPS[self.steps]
+        return [choose(chances[at, torch.as_tensor(row["step_ends"])].tolist()) for at, row in enumerate(rows)]
+
+    def _place(self) -> torch.device:
+        """Where the model is; put there at the first call, when each process has taken its device."""
+        if not self._placed:
+            self._placed = True
+            device = self.device
+            if device is None and torch.accelerator.is_available():
+                device = torch.device(
+                    torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index()
+                )
+            self.model.to(device or "cpu")
+        return next(self.model.parameters()).device
+
+
+def _text(completion: Any) -> str:
+    """What a completion says: itself, or the texts of its messages."""
+    if isinstance(completion, str):
+        return completion
+    contents = [message.get("content") or "" for message in completion]
+    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+    return "".join(part.get("text") or "" for content in parts for part in content)
+
+
+def _kind(model: nn.Module) -> str:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = type(inner).__name__
+    labels = next((labels for name, labels in HEADS.items() if kind.endswith(name)), None)
+    if inner.config.num_labels != labels:
+        raise UserError(
+            f"A {kind} with {inner.config.num_labels} labels is no reward model. A reward model has one label "
+            "(ForSequenceClassification), a process-reward model two (ForTokenClassification)."
+        )
+    return kind
+
+
+def _load(name: str, tokenizer: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """A whole model, or an adapter over its base, and the tokenizer that was saved with it."""
+    import transformers
+    from transformers.utils import find_adapter_config_file
+
+    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    try:
+        tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name, **hub)
+        if find_adapter_config_file(name, **hub) is not None:
+            return _load_adapter(name, tokenizer, options, hub), tokenizer
+        config = transformers.AutoConfig.from_pretrained(name, **hub)
+        kind = next((kind for kind in HEADS if (config.architectures or [""])[0].endswith(kind)), None)
+        if kind is None:
+            raise UserError(
+                f"{name} is a {(config.architectures or ['model'])[0]}, which gives no score. Train a reward model "
+                "first (RewardTrainer, PRMTrainer), and name the folder that it was saved to."
+            )
+        return getattr(transformers, f"AutoModel{kind}").from_pretrained(
+            name, **{"dtype": "auto", **options}
+        ), tokenizer
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"reward model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def _load_adapter(name: str, tokenizer: Any, options: dict[str, Any], hub: dict[str, Any]) -> nn.Module:
+    import transformers
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(name, **hub)
+    kind = TASKS.get(getattr(config.task_type, "value", config.task_type) or "")
+    if kind is None:
+        raise UserError(
+            f"{name} is an adapter for {config.task_type}, which gives no score; allowed: {', '.join(TASKS)}."
+        )
+    auto = getattr(transformers, f"AutoModel{kind}")
+    own = {name: value for name, value in options.items() if name != "revision"}
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # the base has no score head: the adapter brings it
+    try:
+        base = auto.from_pretrained(
+            config.base_model_name_or_path,
+            revision=config.revision,
+            num_labels=HEADS[kind],
+            **{"dtype": "auto", **own},
+        )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(len(tokenizer))
+    return PeftModel.from_pretrained(base, name, **hub)
