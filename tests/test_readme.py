@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from shared.builtin import recipe
-from shared.runtime.arguments import DataArguments, ModelArguments
-from shared.runtime.parser import parse_arguments
-from visionalign.options import VLMSFTOptions
+from shared.runtime.commands import COMMANDS
+from shared.runtime.run import read_options
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GROUPS = {"scripts/sft_vlm.py": [ModelArguments, DataArguments, VLMSFTOptions]}
+SCRIPTS = {f"scripts/{row.script}.py": name for name, row in COMMANDS.items()}
 
 
 def blocks(language):
@@ -21,26 +19,30 @@ def blocks(language):
 
 
 def commands():
+    """Each command line that runs a script or `trialign NAME`: that name, the words before it and those behind it."""
     for block in blocks("bash"):
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split(" && "):
-                words = shlex.split(part)
-                script = next((word for word in words if word.startswith("scripts/")), None)
-                if script is not None:
-                    yield pytest.param(script, words, id=part.strip()[:60])
+                words = shlex.split(part, comments=True)
+                at = next((i for i, word in enumerate(words) if word.startswith("scripts/")), None)
+                if at is None and "trialign" in [Path(word).name for word in words[:1]]:
+                    at = next((i for i, word in enumerate(words) if word in COMMANDS), None)
+                if at is not None:
+                    yield pytest.param(words[at], words[:at], words[at + 1 :], id=part.strip()[:60])
 
 
-@pytest.mark.parametrize(("script", "words"), list(commands()))
-def test_commands_parse(script, words, tmp_path, monkeypatch):
-    assert (ROOT / script).is_file()
-    if "--config_file" in words:
-        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+@pytest.mark.parametrize(("run", "before", "options"), list(commands()))
+def test_commands_parse(run, before, options, tmp_path, monkeypatch):
+    if run.startswith("scripts/"):
+        assert (ROOT / run).is_file()
+        if "--config_file" in before:
+            assert (ROOT / before[before.index("--config_file") + 1]).is_file()
+        before = []
     monkeypatch.chdir(tmp_path)
-    Path("run.yaml").write_text("model_name_or_path: builtin/vlm-small\ndataset_name: builtin/digits\n")
-    if script in GROUPS:
-        parsed = parse_arguments(GROUPS[script], words[words.index(script) + 1 :], recipe=recipe("sft_vlm"))
-        parsed.build(ModelArguments)
-        parsed.build(DataArguments)
+    Path("run.yaml").write_text("dataset_name: path/to/data\n")
+    name = SCRIPTS.get(run, run)
+    if name in COMMANDS:
+        read_options(name, [*before[1:], *options])
 
 
 def test_code_runs(tmp_path, monkeypatch):

@@ -2,8 +2,8 @@
 
     from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-becomes `from textalign import …`, and the rest of the script stays. The parser is this suite's: it knows the same names,
-and refuses what it does not know instead of passing it by.
+becomes `from textalign import …`, and the rest of the script stays. The parser is this suite's: it knows the same
+names, and refuses what it does not know instead of passing it by.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from shared.errors import UserError
 from shared.runtime.adapters import lora_config
 from shared.runtime.arguments import AlignOptions, ModelArguments
+from shared.runtime.launch import quiet_libraries
 from shared.runtime.models import model_init_kwargs
 from shared.runtime.options import option
 from shared.runtime.parser import parse_arguments
@@ -56,9 +57,7 @@ class ModelConfig(ModelArguments):
 class _Environment:
     """Environment."""
 
-    env: dict[str, Any] | None = option(
-        None, "Environment variables to set, as JSON or as a mapping in the YAML file."
-    )
+    env: dict[str, Any] | None = option(None, "Environment variables to set: JSON, or a mapping in the YAML file.")
 
 
 class TrlParser:
@@ -78,6 +77,7 @@ class TrlParser:
     ):
         self.dataclass_types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
         self.prog, self.description = prog, description
+        quiet_libraries()
 
     def parse_args_and_config(
         self, args: Sequence[str] | None = None, return_remaining_strings: bool = False, **_: Any
@@ -111,11 +111,12 @@ class TrlParser:
         built = tuple(map(options.build, groups, self.dataclass_types))
         model = next((each for each in built if isinstance(each, ModelArguments)), None)
         for each in built:
-            if isinstance(each, TrainingArguments):
-                each.run_options = options.to_yaml()
-                if model is not None:  # scripts look for it on either
-                    each.trust_remote_code = model.trust_remote_code
+            if isinstance(each, TrainingArguments) and model is not None:
+                each.trust_remote_code = model.trust_remote_code  # scripts look for it on either
         return built
+
+
+HfArgumentParser = TrlParser  # for scripts that take transformers' parser, which stumbles over these classes
 
 
 def _options_of(group: type) -> type:

@@ -76,6 +76,7 @@ class PRMTrainer(StepRewardTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
     ):
         args = PRMConfig() if args is None else args
@@ -96,6 +97,7 @@ class PRMTrainer(StepRewardTrainer):
             },
         )
         tokenizer = run.tokenizer
+        options = {} if quantization_config is None else {"quantization_config": quantization_config}
         with new_head_expected(args.seed):
             model = load_text_model(
                 model,
@@ -104,6 +106,7 @@ class PRMTrainer(StepRewardTrainer):
                 head="token-classification",
                 peft_config=peft_config,
                 num_labels=2,
+                **options,
             )
         check_head_is_trained(model)
         super().__init__(

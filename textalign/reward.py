@@ -70,6 +70,7 @@ class RewardTrainer(PairRewardTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
     ):
         args = RewardConfig() if args is None else args
@@ -89,6 +90,7 @@ class RewardTrainer(PairRewardTrainer):
         tokenizer = run.tokenizer
         if args.pad_token is None:
             pad_apart(tokenizer)
+        options = {} if quantization_config is None else {"quantization_config": quantization_config}
         with new_head_expected(args.seed):
             model = load_text_model(
                 model,
@@ -97,6 +99,7 @@ class RewardTrainer(PairRewardTrainer):
                 head="sequence-classification",
                 peft_config=peft_config,
                 num_labels=1,
+                **options,
             )
         check_head_is_trained(model)
         super().__init__(

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from shared.errors import UserError
 from shared.runtime.checkpoint import default_output_dir
-from shared.runtime.launch import launcher_words, quiet_libraries
+from shared.runtime.launch import LAUNCHED, accelerate_words, quiet_libraries
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -100,12 +100,13 @@ def _end_launcher() -> None:
 
     It answers any failure of the script with a CalledProcessError and some 30 lines, which bury the message, and its
     `--quiet` can only be set by the user beforehand. It has nothing left to do but wait for this process, so a SIGTERM
-    loses nothing; its status is then 128 + 15. The launchers of several processes are left alone: they clean up.
+    loses nothing; its status is then 128 + 15. The launchers of several processes are left alone: they clean up; and
+    so is `trialign`, which answers with the status alone.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":
+    if LAUNCHED in os.environ or "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":
         return
     import psutil
 
-    if launcher_words() is not None:
+    if accelerate_words() is not None:
         with contextlib.suppress(psutil.Error):  # gone already
             psutil.Process().parent().terminate()

@@ -8,6 +8,7 @@ torch.distributed and accelerate made of it.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 from shared.errors import UserError
 
 Result = TypeVar("Result")
+LAUNCHED = "TRIALIGN_LAUNCH"  # the words that `trialign` gave accelerate's launcher, for the processes that it starts
 ENGINES = {"DEEPSPEED": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}
 
 
@@ -135,6 +137,11 @@ def launch_request() -> LaunchRequest:
 
 
 def launcher_words() -> list[str] | None:
+    """The words that the launcher of this process got, be it `trialign` or `accelerate launch`; None without one."""
+    return json.loads(os.environ[LAUNCHED]) if LAUNCHED in os.environ else accelerate_words()
+
+
+def accelerate_words() -> list[str] | None:
     """The words after `accelerate launch` where that is this process's parent, else None."""
     import psutil
 

@@ -1,14 +1,12 @@
 """scripts/sft_vlm.py as a user runs it: what works, and one clear line for each way it cannot."""
 
-import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-
-from shared.runtime.command import run_command
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sft_vlm.py"
 QUICK = [
@@ -24,16 +22,13 @@ QUICK = [
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Run the script in an empty folder: its status (0 where it ends well), and what it says."""
-    spec = importlib.util.spec_from_file_location("sft_vlm", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["sft_vlm.py", *map(str, words)])
         status = 0
         try:
-            run_command(script.main)
+            runpy.run_path(str(SCRIPT), run_name="__main__")
         except SystemExit as stopped:
             status = stopped.code or 0
         said = capsys.readouterr()
