@@ -48,6 +48,7 @@ class RewardTrainer(PairRewardTrainer):
         eval_dataset: held-out rows of the same kind, or several sets by name.
         processing_class: the model's tokenizer; loaded beside a model that is given by name.
         callbacks, optimizers: as transformers.Trainer.
+        quantization_config: as `from_pretrained`, where the model is given by name.
         peft_config: puts this adapter on the model, with the score head trained in full; a folder or hub id of an
             adapter goes on training that one.
 

@@ -101,8 +101,8 @@ class UnpairedCollator:
     """Single answers with a label: `columns["label"]` `(P,)` bool.
 
     With `kl`, `group_size` is 2: each prompt's own answer, and the answer of the next row of the batch, which
-    estimates how far the policy is from the reference. `columns` has `density_ratio` `(P,)` where the rows have it, and
-    `ref_logp` `(P, T)`, of the own answers alone, where they have `completion_ref_logp`.
+    estimates how far the policy is from the reference. `columns` has `density_ratio` `(P,)` where the rows have it,
+    and `ref_logp` `(P, T)`, of the own answers alone, where they have `completion_ref_logp`.
 
     Args:
         pad_id: the token to pad with.

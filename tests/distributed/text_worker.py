@@ -1,6 +1,6 @@
 """The text trainers in one launch: their losses and held-out figures as JSON, written by process 0.
 
-    accelerate launch --config_file PROFILE text_worker.py FOLDER MODEL TRAINER...
+accelerate launch --config_file PROFILE text_worker.py FOLDER MODEL TRAINER...
 """
 
 import json
