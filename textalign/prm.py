@@ -10,18 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-
 from shared.data.collators import StepCollator
 from shared.data.schema import Kind
 from shared.errors import UserError
-from shared.policies.score import ScorePolicy
-from shared.trainers.score_heads import check_head_is_trained, check_scorer, new_head_expected, scoring_adapter
 from shared.trainers.scoring import StepRewardTrainer
 from textalign.config import TextConfig
-from textalign.preparing import HUB_OPTIONS, load_text_model, prepare_text
+from textalign.preparing import TextRun
 from textalign.reward_options import PRMOptions
+from textalign.scoring import TextScoringTrainer
 
 LENGTHS = ("max_length", "max_prompt_length", "max_completion_length")
 
@@ -41,88 +37,29 @@ class PRMConfig(PRMOptions, TextConfig):
                 raise UserError(f"{name} {value}: must be at least 1, or none for no limit.")
 
 
-class PRMTrainer(StepRewardTrainer):
+class PRMTrainer(TextScoringTrainer, StepRewardTrainer):
     """Train a process-reward model on solutions whose steps are labelled.
 
-    Args:
-        model: hub id, folder or built-in name of a language model (its score head is drawn) or of a process-reward
-            model; or a loaded token-classification model with two labels (a PEFT model too).
-        args: options; `PRMConfig()` where None.
-        data_collator: gives batches as StepCollator does; one by `args` where None.
-        train_dataset: rows with `prompt` (a string or messages), `completions` (the steps, strings) and `labels` (true
-            where the step is right).
-        eval_dataset: held-out rows of the same kind, or several sets by name.
-        processing_class: the model's tokenizer; loaded beside a model that is given by name.
-        callbacks, optimizers: as transformers.Trainer.
-        quantization_config: as `from_pretrained`, where the model is given by name.
-        peft_config: puts this adapter on the model, with the score head trained in full; a folder or hub id of an
-            adapter goes on training that one.
-
-    Raises:
-        UserError: a model that does not give two scores a token, an adapter that leaves the score head out.
-        DataError: columns or rows that cannot be used, named; before any weight is loaded.
+    `train_dataset` has rows with `prompt` (a string or messages), `completions` (the steps, strings) and `labels`
+    (true where the step is right). A loaded model is one for token classification with two labels. Arguments as
+    TextScoringTrainer.
 
     Example:
         >>> trainer = PRMTrainer("Qwen/Qwen3-0.6B", train_dataset=rows)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel | nn.Module,
-        args: PRMConfig | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
-    ):
-        args = PRMConfig() if args is None else args
-        init = getattr(args, "model_init_kwargs", None) or {}
-        check_scorer(model, "TOKEN_CLS", 2, **{name: init[name] for name in HUB_OPTIONS if name in init})
-        peft_config = scoring_adapter(peft_config, "TOKEN_CLS")
-        run = self.text = prepare_text(
-            model,
-            args,
-            config_class=PRMConfig,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            allowed={Kind.STEPWISE},
-            tokenising=lambda kind: {
-                "step_separator": args.step_separator,
-                **{name: getattr(args, name) for name in LENGTHS},
-            },
-        )
-        tokenizer = run.tokenizer
-        options = {} if quantization_config is None else {"quantization_config": quantization_config}
-        with new_head_expected(args.seed):
-            model = load_text_model(
-                model,
-                args,
-                tokenizer,
-                head="token-classification",
-                peft_config=peft_config,
-                num_labels=2,
-                **options,
-            )
-        check_head_is_trained(model)
-        super().__init__(
-            model,
-            args,
-            policy=ScorePolicy(model),
-            data_collator=data_collator
-            or StepCollator(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of),
-            train_dataset=run.train,
-            eval_dataset=run.held_out,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        run.tell(self)
+    config_class = PRMConfig
+    kind = Kind.STEPWISE
+    head = "token-classification"
+    task_type = "TOKEN_CLS"
+    num_labels = 2
+
+    def tokenising(self, args: PRMConfig) -> dict[str, Any]:
+        return {"step_separator": args.step_separator, **{name: getattr(args, name) for name in LENGTHS}}
+
+    def collator(self, run: TextRun, args: PRMConfig) -> StepCollator:
+        return StepCollator(run.tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
 
     def title(self) -> str:
         return f"Process-reward modelling: {self.text.model_name}"

@@ -9,18 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from shared.data.collators import PairCollator
 from shared.data.schema import Kind
 from shared.errors import UserError
-from shared.policies.score import ScorePolicy
-from shared.trainers.score_heads import check_head_is_trained, check_scorer, new_head_expected, scoring_adapter
 from shared.trainers.scoring import PairRewardTrainer
 from textalign.config import TextConfig
-from textalign.preparing import HUB_OPTIONS, load_text_model, prepare_text
+from textalign.preparing import TextRun
 from textalign.reward_options import RewardOptions
+from textalign.scoring import TextScoringTrainer
 
 
 @dataclass
@@ -35,87 +33,30 @@ class RewardConfig(RewardOptions, TextConfig):
             raise UserError(f"center_rewards_coefficient {self.center_rewards_coefficient}: must be at least 0.")
 
 
-class RewardTrainer(PairRewardTrainer):
+class RewardTrainer(TextScoringTrainer, PairRewardTrainer):
     """Train a reward model on preference pairs.
 
-    Args:
-        model: hub id, folder or built-in name of a language model (its score head is drawn) or of a reward model; or a
-            loaded sequence-classification model with one label (a PEFT model too).
-        args: options; `RewardConfig()` where None.
-        data_collator: gives batches as PairCollator does; one by `args` where None.
-        train_dataset: rows with `chosen` and `rejected`, strings or conversations, with or without `prompt`, and where
-            it is known by how much the chosen answer is better `margin`.
-        eval_dataset: held-out rows of the same kind, or several sets by name.
-        processing_class: the model's tokenizer; loaded beside a model that is given by name.
-        callbacks, optimizers: as transformers.Trainer.
-        quantization_config: as `from_pretrained`, where the model is given by name.
-        peft_config: puts this adapter on the model, with the score head trained in full; a folder or hub id of an
-            adapter goes on training that one.
-
-    Raises:
-        UserError: a model that gives no single score, an adapter that leaves the score head out.
-        DataError: columns or rows that cannot be used, named; before any weight is loaded.
+    `train_dataset` has rows with `chosen` and `rejected`, strings or conversations, with or without `prompt`, and
+    where it is known by how much the chosen answer is better `margin`. A loaded model is one for sequence
+    classification with one label. Arguments as TextScoringTrainer.
 
     Example:
         >>> trainer = RewardTrainer("Qwen/Qwen3-0.6B", train_dataset=rows)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel | nn.Module,
-        args: RewardConfig | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
-    ):
-        args = RewardConfig() if args is None else args
-        init = getattr(args, "model_init_kwargs", None) or {}
-        check_scorer(model, "SEQ_CLS", 1, **{name: init[name] for name in HUB_OPTIONS if name in init})
-        peft_config = scoring_adapter(peft_config, "SEQ_CLS")
-        run = self.text = prepare_text(
-            model,
-            args,
-            config_class=RewardConfig,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            allowed={Kind.PREFERENCE},
-            tokenising=lambda kind: {},
-        )
-        tokenizer = run.tokenizer
+    config_class = RewardConfig
+    kind = Kind.PREFERENCE
+    head = "sequence-classification"
+    task_type = "SEQ_CLS"
+    num_labels = 1
+
+    def fit_tokenizer(self, tokenizer: PreTrainedTokenizerBase, args: RewardConfig) -> None:
         if args.pad_token is None:
             pad_apart(tokenizer)
-        options = {} if quantization_config is None else {"quantization_config": quantization_config}
-        with new_head_expected(args.seed):
-            model = load_text_model(
-                model,
-                args,
-                tokenizer,
-                head="sequence-classification",
-                peft_config=peft_config,
-                num_labels=1,
-                **options,
-            )
-        check_head_is_trained(model)
-        super().__init__(
-            model,
-            args,
-            policy=ScorePolicy(model, share_prefix=args.share_prefix),
-            data_collator=data_collator
-            or PairCollator(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of),
-            train_dataset=run.train,
-            eval_dataset=run.held_out,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        run.tell(self)
+
+    def collator(self, run: TextRun, args: RewardConfig) -> PairCollator:
+        return PairCollator(run.tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
 
     def title(self) -> str:
         return f"Reward modelling: {self.text.model_name}"

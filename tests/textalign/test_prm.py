@@ -173,7 +173,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(lm, tmp_path):
 def test_mistakes_are_said_before_the_model_is_loaded(lm, tmp_path, monkeypatch):
     reward = AutoModelForSequenceClassification.from_pretrained(lm, num_labels=1)
     reward.save_pretrained(tmp_path / "reward")
-    monkeypatch.setattr("textalign.prm.load_text_model", None)
+    monkeypatch.setattr("textalign.scoring.load_text_model", None)
     with pytest.raises(DataError, match="row 1: completions has 2 and labels 1"):
         rows = [ROWS[0], {"prompt": "a", "completions": ["b", "c"], "labels": [True]}]
         PRMTrainer(lm, config(tmp_path), train_dataset=rows)

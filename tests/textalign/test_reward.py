@@ -253,7 +253,7 @@ def test_models_that_give_no_single_score_are_refused_before_they_are_loaded(lm,
     with pytest.raises(UserError, match="does not train the score head"):
         RewardTrainer(frozen, config(tmp_path), train_dataset=ROWS, processing_class=AutoTokenizer.from_pretrained(lm))
 
-    monkeypatch.setattr("textalign.reward.load_text_model", None)
+    monkeypatch.setattr("textalign.scoring.load_text_model", None)
     with pytest.raises(UserError, match="is one for CAUSAL_LM, this trainer's is SEQ_CLS. Merge"):
         RewardTrainer(lm, config(tmp_path), train_dataset=ROWS, peft_config=str(tmp_path / "causal"))
     for model, said in (
@@ -266,7 +266,7 @@ def test_models_that_give_no_single_score_are_refused_before_they_are_loaded(lm,
 
 
 def test_mistakes_in_data_and_options_are_said_before_the_model_is_loaded(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr("textalign.reward.load_text_model", None)
+    monkeypatch.setattr("textalign.scoring.load_text_model", None)
     bad = [*ROWS[:3], {**ROWS[3], "margin": "much"}]
     with pytest.raises(DataError, match="row 3: margin is 'much', expected a finite number"):
         RewardTrainer(lm, config(tmp_path), train_dataset=bad)
