@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -15,13 +15,21 @@ from shared.data.schema import Kind
 from shared.data.tokens import TokenTable
 from shared.data.unpairing import unpaired
 from shared.errors import UserError
+from shared.objectives.pair_losses import known
 from shared.objectives.unpaired import apo_zero_unpaired, bco, kto
 from shared.trainers.density import DensityRatio
-from shared.trainers.preference import UnpairedState, UnpairedTrainer
+from shared.trainers.unpaired import UnpairedState, UnpairedTrainer
 from textalign.config import TextConfig
 from textalign.preference import TextReferenceTrainer
 from textalign.preference_options import BCOOptions, KTOOptions
 from textalign.preparing import TextRun
+
+
+def _unpaired(rows: Any, args: Any) -> Any:
+    return unpaired(rows, args.on_bad_row)
+
+
+LOSSES = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}
 
 
 @dataclass
@@ -67,11 +75,15 @@ class KTOTrainer(TextReferenceTrainer, UnpairedTrainer):
 
     config_class = KTOConfig
     kinds = (Kind.UNPAIRED,)
-    read_rows = staticmethod(unpaired)
+    read_rows = staticmethod(_unpaired)
 
     def objective_options(self, args: KTOConfig) -> dict[str, Any]:
         weights = {"desirable_weight": args.desirable_weight, "undesirable_weight": args.undesirable_weight}
-        loss = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}[args.loss_type]
+        for name, value in weights.items():
+            if value < 0:
+                raise UserError(f"{name} {value}: must be at least 0.")
+        _check_beta(args.beta)
+        loss = LOSSES[known(args.loss_type, LOSSES, "KTO loss")]
         uses_kl = args.loss_type == "kto"
 
         def objective(ratios: Tensor, good: Tensor, state: UnpairedState) -> Tensor:
@@ -84,6 +96,7 @@ class KTOTrainer(TextReferenceTrainer, UnpairedTrainer):
         return UnpairedCollator(
             run.tokenizer.pad_token_id,
             kl=args.loss_type == "kto",
+            max_length=args.max_length,
             lone_row="uncounted",  # a last batch of one row; smaller batches are refused by the configuration
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
@@ -103,7 +116,7 @@ class BCOTrainer(TextReferenceTrainer, UnpairedTrainer):
 
     config_class = BCOConfig
     kinds = (Kind.UNPAIRED,)
-    read_rows = staticmethod(unpaired)
+    read_rows = staticmethod(_unpaired)
 
     def __init__(
         self, *args: Any, embedding_func: Callable | None = None, embedding_tokenizer: Any = None, **kwargs: Any
@@ -133,15 +146,21 @@ class BCOTrainer(TextReferenceTrainer, UnpairedTrainer):
         self.train_dataset = table.with_column("density_ratio", self.density.weights(prompts, labels))
 
     def objective_options(self, args: BCOConfig) -> dict[str, Any]:
+        _check_beta(args.beta)
+        if not 0 <= args.min_density_ratio <= args.max_density_ratio:
+            raise UserError(
+                f"min_density_ratio {args.min_density_ratio}, max_density_ratio {args.max_density_ratio}: the first "
+                "must be at least 0 and at most the second."
+            )
         return {"objective": partial(_bco, beta=args.beta), "uses_shift": True}
 
     def collator(self, run: TextRun, args: BCOConfig) -> Callable:
         return UnpairedCollator(run.tokenizer.pad_token_id, kl=False, pad_to_multiple_of=args.pad_to_multiple_of)
 
-    def save_extras(self, checkpoint: Path) -> None:
-        super().save_extras(checkpoint)
-        if self.density is not None and self.args.should_save:
-            self.density.save(checkpoint)
+
+def _check_beta(beta: float) -> None:
+    if not (beta > 0 and math.isfinite(beta)):
+        raise UserError(f"beta {beta}: must be a positive number.")
 
 
 def _bco(ratios: Tensor, good: Tensor, state: UnpairedState, *, beta: float) -> Tensor:

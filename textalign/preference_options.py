@@ -17,7 +17,9 @@ class PreferenceOptions(TextOptions):
     beta: float = option(0.1, "Strength of the pull towards the reference; in ORPO the weight of the odds ratio.")
     max_prompt_length: int | None = option(None, "Prompts lose their beginning beyond so many tokens. Unset: no cut.")
     max_completion_length: int | None = option(None, "Answers lose their end beyond so many tokens. Unset: no cut.")
-    disable_dropout: bool = option(True, "Train without dropout, so that policy and reference see the same network.")
+    disable_dropout: bool = option(
+        True, "Train without dropout, an adapter's neither, so that policy and reference are the same network."
+    )
     share_prefix: bool = option(
         True, "Run each prompt once for all of its answers, where the model can; the result is the same."
     )

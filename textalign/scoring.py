@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from shared.data.schema import Kind
+from shared.errors import UserError
 from shared.policies.score import ScorePolicy
 from shared.runtime.models import Head
 from shared.trainers.score_heads import check_head_is_trained, check_scorer, new_head_expected, scoring_adapter
@@ -26,6 +27,7 @@ class TextScoringTrainer(ScoringTrainer):
         train_dataset: rows of the kind that the trainer takes.
         eval_dataset: held-out rows of the same kind, or several sets by name.
         processing_class: the model's tokenizer; loaded beside a model that is given by name.
+        compute_metrics: not taken.
         callbacks, optimizers: as transformers.Trainer.
         quantization_config: as `from_pretrained`, where the model is given by name.
         peft_config: puts this adapter on the model, with the score head trained in full; a folder or hub id of an
@@ -51,11 +53,14 @@ class TextScoringTrainer(ScoringTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
     ):
+        if compute_metrics is not None:
+            raise UserError("compute_metrics is not taken: evaluation sums up exactly, and has its metrics.")
         args = self.config_class() if args is None else args
         init = getattr(args, "model_init_kwargs", None) or {}
         hub = {name: init[name] for name in HUB_OPTIONS if name in init}

@@ -8,7 +8,7 @@ if getattr(shared, "SUITE", None) != "trialign":
         f"{list(getattr(shared, '__path__', ['?']))}. Rename that folder or start from another one."
     )
 
-__getattr__, __dir__ = shared.lazy_exports(
+__getattr__, __dir__, __all__ = shared.lazy_exports(
     __name__,
     {
         "VLMSFTConfig": "visionalign.sft",

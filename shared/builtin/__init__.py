@@ -1,8 +1,10 @@
 """Small models and data sets that every script can run on with no network.
 
-A model is a directory with a configuration and a processor and *no weights*: they are drawn from a seed when the
-model is loaded (`shared.builtin.models`), so there is nothing to download and training starts from nothing. A data set
-is drawn or read when it is loaded. Importing this package loads neither torch nor datasets.
+A model is a directory with a configuration and a processor (or tokenizer). All but one have *no weights*: they are
+drawn from a seed when the model is loaded (`shared.builtin.models`), so there is nothing to download and training
+starts from nothing. `builtin/lm-small-sft` is `builtin/lm-small` after a short supervised fine-tuning by
+`shared.builtin.make_lm`, a start for the trainers that need a model that can already write. A data set is drawn or
+read when it is loaded. Importing this package loads neither torch nor datasets.
 """
 
 from __future__ import annotations
@@ -23,12 +25,22 @@ _HERE = Path(__file__).parent
 # Name -> directory of the model.
 MODELS: dict[str, Path] = {
     "builtin/vlm-small": _HERE / "vlm_small",
+    "builtin/lm-small": _HERE / "lm_small",
+    "builtin/lm-small-sft": _HERE / "lm_small_sft",
+    "builtin/gemma3-small": _HERE / "gemma3_small",
 }
 
-# Name -> module with a function `load(split) -> datasets.Dataset`, imported when it is asked for.
+# Name -> module and function `(split) -> datasets.Dataset`, imported when it is asked for.
 DATASETS: dict[str, str] = {
-    "builtin/shapes": "shared.builtin.shapes",
-    "builtin/digits": "shared.builtin.digits",
+    "builtin/shapes": "shared.builtin.shapes:load",
+    "builtin/digits": "shared.builtin.digits:load",
+    "builtin/arithmetic": "shared.builtin.arithmetic:load",
+    "builtin/arithmetic-prompts": "shared.builtin.arithmetic:load_prompts",
+    "builtin/reviews": "shared.builtin.reviews:load",
+    "builtin/reviews-preference": "shared.builtin.reviews:load_preference",
+    "builtin/reviews-unpaired": "shared.builtin.reviews:load_unpaired",
+    "builtin/steps": "shared.builtin.steps:load",
+    "builtin/docstrings": "shared.builtin.docstrings:load",
 }
 
 SPLITS = ("train", "test")
@@ -41,7 +53,7 @@ def is_builtin(name: str) -> bool:
 
 
 def model_path(name: str) -> Path:
-    """Directory of the built-in model `name`: configuration and processor, no weights.
+    """Directory of the built-in model `name`: configuration, processor and, where it has been trained, weights.
 
     Raises:
         UserError: no built-in model has this name.
@@ -54,19 +66,19 @@ def load_dataset(name: str, split: str = "train") -> Dataset:
 
     Args:
         name: a key of `DATASETS`.
-        split: "train" or "test"; the two have no picture in common.
+        split: "train" or "test"; the two have no picture, problem, film, chain or module in common.
 
     Returns:
-        A map-style `datasets.Dataset` with the columns `images` (a list with one picture), `messages` (one question by
-        the user and its answer) and `kind` (the kind of question, to report accuracy by).
+        A map-style `datasets.Dataset`; its columns stand with the function that `DATASETS` names. Questions with one
+        right answer have a column `kind`, to report accuracy by.
 
     Raises:
         UserError: no built-in data set has this name, or the split is not one of the two.
     """
-    module = DATASETS[_known(name, DATASETS, "data set")]
+    module, function = DATASETS[_known(name, DATASETS, "data set")].split(":")
     if split not in SPLITS:
         raise UserError(f"{name} has no split {split!r}; its splits are: {', '.join(SPLITS)}.")
-    return importlib.import_module(module).load(split)
+    return getattr(importlib.import_module(module), function)(split)
 
 
 def recipe(script: str) -> Callable[[Mapping[str, Any]], Path | None]:

@@ -1,35 +1,99 @@
-"""Load the built-in models: weights drawn from a seed, processor from the model's directory."""
+"""Load the built-in models: weights drawn from a seed, or shipped; processor from the model's directory."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.integrations import deepspeed
 
-from shared.builtin import model_path
+from shared.builtin import MODELS, model_path
+from shared.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+
+WEIGHTS = "model.safetensors"
+# Head -> the mapping of transformers from a configuration's class to the model's class.
+HEADS = {
+    "image-text-to-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "sequence-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "token-classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+}
 
 
-def load_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """Build the model `name` on the CPU in float32 with weights drawn from `seed`.
+def load_model(name: str, seed: int = 0, head: str | None = None, **options: Any) -> PreTrainedModel:
+    """Build the model `name` on the CPU in float32.
 
+    What has no shipped weights is drawn from `seed`: the whole model or, of one with shipped weights, a new head.
     Every process gets the same weights whatever its own random state, which is left as it was.
+
+    Args:
+        name: a key of `shared.builtin.MODELS`.
+        seed: for the weights that are drawn.
+        head: a key of `HEADS`; None takes that of the configuration.
+        options: fields of the configuration, such as `num_labels` or `attn_implementation`.
+
+    Raises:
+        UserError: no built-in model has this name, or it has no such head.
+    """
+    config = load_config(name, **options)
+    model_class = _model_class(name, config, head)
+    with torch.random.fork_rng(devices=[]), _whole_layers():
+        torch.manual_seed(seed)
+        model = model_class(config)
+    if (model_path(name) / WEIGHTS).is_file():
+        _put_weights(model, name)
+    return model
+
+
+def load_config(name: str, **options: Any) -> PretrainedConfig:
+    """The configuration of the built-in model `name`, with `options` as fields of it.
 
     Raises:
         UserError: no built-in model has this name.
     """
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
-    path = model_path(name)
-    config = AutoConfig.from_pretrained(path)
-    with torch.random.fork_rng(devices=[]), _whole_layers():
-        torch.manual_seed(seed)
-        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
+    return AutoConfig.from_pretrained(model_path(name), **options)
+
+
+def load_processor(name: str) -> ProcessorMixin:
+    """The processor of the built-in model `name`; of a language model its tokenizer, with the chat template.
+
+    Raises:
+        UserError: no built-in model has this name.
+    """
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(model_path(name))
+
+
+def _model_class(name: str, config: PretrainedConfig, head: str | None) -> type[PreTrainedModel]:
+    import transformers
+
+    if head is None:
+        return getattr(transformers, config.architectures[0])
+    if head not in HEADS:
+        raise UserError(f"head is {head!r}, allowed: {', '.join(HEADS)}.")
+    mapping = getattr(transformers, HEADS[head])
+    if type(config) not in mapping:
+        able = [other for other in MODELS if type(load_config(other)) in mapping]
+        raise UserError(f"The built-in model {name} has no head for {head}; these have: {', '.join(able)}.")
+    return mapping[type(config)]
+
+
+def _put_weights(model: PreTrainedModel, name: str) -> None:
+    """Put the shipped weights into the model; a head they do not have stays as it was drawn."""
+    from safetensors.torch import load_file
+
+    outcome = model.load_state_dict(load_file(model_path(name) / WEIGHTS), strict=False)
+    base = f"{model.base_model_prefix}."
+    missing = [key for key in outcome.missing_keys if key.startswith(base)]
+    assert not missing and not outcome.unexpected_keys, f"{name}: weights do not fit: {outcome}"
 
 
 @contextlib.contextmanager
@@ -44,14 +108,3 @@ def _whole_layers() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = held
-
-
-def load_processor(name: str) -> ProcessorMixin:
-    """The processor (tokenizer, chat template, image processor) of the built-in model `name`.
-
-    Raises:
-        UserError: no built-in model has this name.
-    """
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(model_path(name))

@@ -110,10 +110,21 @@ class UnpairedCollator:
         lone_row: what to do with a batch in which a row has no other to pair with: `error`, or `uncounted`, its pair
             then counting nothing, as the last batch of an evaluation may need. `columns["kl_counted"]` `(P,)` says
             which pairs count.
+        max_length: those pairs' answers are cut to it, prompt and answer together: both rows fit, but not each
+            prompt with another row's answer.
         pad_to_multiple_of: pad L and T to multiples of this.
     """
 
-    def __init__(self, pad_id: int, *, kl: bool, lone_row: str = "error", pad_to_multiple_of: int | None = None):
+    def __init__(
+        self,
+        pad_id: int,
+        *,
+        kl: bool,
+        lone_row: str = "error",
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+    ):
+        self.max_length = max_length
         if lone_row not in ("error", "uncounted"):
             raise UserError(f"lone_row is {lone_row!r}; allowed: error, uncounted.")
         self.pad_id, self.kl, self.lone_row, self.multiple = pad_id, kl, lone_row, pad_to_multiple_of
@@ -128,7 +139,7 @@ class UnpairedCollator:
         answers = [row["completion_ids"] for row in rows]
         if self.kl:
             others = self._others(counted)
-            answers = [answers[at] for pair in enumerate(others) for at in pair]
+            answers = [each for at, other in enumerate(others) for each in (answers[at], self._cut(rows, at, other))]
         batch = _grouped(rows, answers, counted, 1 + self.kl, self.pad_id, self.multiple)
         batch.columns["label"] = torch.tensor([bool(row["label"]) for row in rows])
         if self.kl:
@@ -143,6 +154,13 @@ class UnpairedCollator:
             logps = [row["completion_ref_logp"] for row in rows]
             batch.columns["ref_logp"] = _padded(logps, batch.completion_ids.shape[1], 0.0)
         return batch
+
+    def _cut(self, rows: Sequence[Row], at: int, other: int) -> np.ndarray:
+        """Another row's answer, as long as it may be behind this row's prompt."""
+        answer = rows[other]["completion_ids"]
+        if self.max_length is None:
+            return answer
+        return answer[: max(1, self.max_length - len(rows[at]["prompt_ids"]))]
 
     def _others(self, counted: Sequence[bool]) -> list[int]:
         """For each row the next one that is counted."""

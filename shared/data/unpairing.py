@@ -6,24 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from shared.data.pairs import split_pair
+from shared.data.schema import Kind, check_rows
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "margin")
 
 
-def unpaired(rows: Any) -> Any:
+def unpaired(rows: Any, on_bad_row: str = "error") -> Any:
     """Rows with `prompt`, `completion` and `label` in the place of preference pairs; other rows as they are.
 
     Args:
         rows: a data set, a list of rows, a stream, several sets by name, or None. Rows that have a `label` already, or
             no `chosen` and `rejected`, are given back untouched.
+        on_bad_row: `error`, or `skip` to leave out pairs that cannot be used.
 
     Raises:
-        DataError: pairs whose prompt cannot be told; names the row.
+        DataError: pairs that cannot be used; names their rows.
     """
+    if isinstance(rows, dict):
+        return {name: unpaired(each, on_bad_row) for name, each in rows.items()}
     if rows is None or not _are_pairs(rows):
-        return {name: unpaired(each) for name, each in rows.items()} if isinstance(rows, dict) else rows
+        return rows
+    kept = check_rows(rows, Kind.PREFERENCE, on_bad_row=on_bad_row, what="paired").kept
     if hasattr(rows, "__len__"):
-        return [single for number, row in enumerate(rows) for single in _singles(row, number)]
+        numbers = range(len(rows)) if kept is None else kept
+        return [single for number in numbers for single in _singles(rows[number], number)]
 
     def split(batch: Mapping[str, list], numbers: list[int]) -> dict[str, list]:
         pairs = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -34,8 +40,8 @@ def unpaired(rows: Any) -> Any:
 
 
 def _are_pairs(rows: Any) -> bool:
-    first = None if isinstance(rows, dict) else next(iter(rows), None)
-    return first is not None and {"chosen", "rejected"} <= set(first) and "label" not in first
+    first = next(iter(rows), None)
+    return isinstance(first, Mapping) and {"chosen", "rejected"} <= set(first) and "label" not in first
 
 
 def _singles(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:

@@ -8,20 +8,16 @@ regression on embedded prompts, that the prompt is a good row's (Jung et al. 202
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shared.errors import UserError
 from shared.objectives.unpaired import fit_logistic
-
-DENSITY_FILE = "density.safetensors"
 
 
 class DensityRatio:
@@ -106,24 +102,8 @@ class DensityRatio:
             found[~good] = [ratio[prompt] for prompt in bad]
         return found
 
-    def save(self, folder: str | Path) -> None:
-        """Write the regression beside a checkpoint; to be called by one process."""
-        save_file({"weight": self.weight, "bias": self.bias}, Path(folder) / DENSITY_FILE)
-
-    def load(self, folder: str | Path) -> None:
-        """Put back the regression of a checkpoint.
-
-        Raises:
-            UserError: the checkpoint holds none.
-        """
-        path = Path(folder) / DENSITY_FILE
-        if not path.is_file():
-            raise UserError(f"{folder} holds no {DENSITY_FILE}: it was written by a run without an embedding_func.")
-        held = load_file(path)
-        self.weight, self.bias = held["weight"], held["bias"]
-
     def _ratios(self, prompts: Sequence[str]) -> Tensor:
-        assert self.weight is not None, "fit or load the density ratio first"
+        assert self.weight is not None, "fit the density ratio first"
         logit = self._embed(prompts) @ self.weight + self.bias
         return logit.exp().clamp(*self.bounds)  # p / (1 − p) of p = σ(logit)
 

@@ -1,4 +1,4 @@
-"""Trainers on recorded preferences: pairs of a chosen and a rejected answer, or single answers labelled good or bad.
+"""Trainers on recorded preferences: what they share, and the one on pairs of a chosen and a rejected answer.
 
 What a modality brings is its policy and its batches; what an objective brings is a pure function. Nothing here knows
 either from the inside.
@@ -6,29 +6,24 @@ either from the inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shared.data.rows import Rows
 from shared.objectives.pair_losses import PER_TOKEN
 from shared.objectives.preference import PairLosses, PairObjective, Pairs, pairs_of, wpo_weights
-from shared.objectives.unpaired import kl_estimate, kl_sums, running_mean
 from shared.policies.base import GroupedBatch, LogProbs
 from shared.policies.token import TokenPolicy
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import Answer, answer, evenly_spaced, sampled
 from shared.trainers.judging import Judge, recall, remember, score, win_rate
 from shared.trainers.offline import OfflineTrainer
-from shared.trainers.reference import Cached, NoReference, Reference
+from shared.trainers.reference import NoReference, Reference
 
-LABELS = ("chosen", "rejected")
-STATE_FILE = "preference_state.safetensors"
 LEVEL = 1e-4  # rewards no further apart than this are taken for equal
 ROWS_SCORED = 512  # held-out rows whose preference is told before and after training
 
@@ -209,7 +204,7 @@ def _paired_sums(pairs: Pairs, losses: PairLosses, out: LogProbs) -> dict[str, T
     return {
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
-        "rewards/accuracies": _above(chosen - rejected).sum(),
+        "rewards/accuracies": share_above(chosen - rejected).sum(),
         "rewards/margins": (chosen - rejected).sum(),
         "logps/chosen": pairs.chosen.detach().sum(),
         "logps/rejected": pairs.rejected.detach().sum(),
@@ -221,152 +216,10 @@ def _paired_sums(pairs: Pairs, losses: PairLosses, out: LogProbs) -> dict[str, T
     }
 
 
-def _above(differences: Tensor) -> Tensor:
+def share_above(differences: Tensor) -> Tensor:
     """1 where positive, 0 where negative, ½ where level: before training, policy and reference differ by rounding."""
     return (differences > LEVEL).float() + 0.5 * (differences.abs() <= LEVEL)
 
 
 def _member_sum(values: Tensor, mask: Tensor, member: int) -> Tensor:
     return (values[member::2] * mask[member::2].bool()).sum()
-
-
-@dataclass
-class UnpairedState:
-    """What a loss of single answers is given beside their log-ratios.
-
-    Args:
-        kl: scalar, KTO's reference point.
-        shift: scalar, BCO's δ.
-        weights: `(P,)` of bad rows; None: 1.
-    """
-
-    kl: Tensor
-    shift: Tensor
-    weights: Tensor | None = None
-
-
-class UnpairedTrainer(PreferenceTrainer):
-    """Single answers labelled good or bad: KTO and its kin.
-
-    Args:
-        objective: `(log-ratios (P,), good (P,) bool, state) -> (P,)` losses.
-        uses_kl: whether the objective looks at the reference point: batches then bring the pairs that estimate it.
-            It is estimated once for all rows of an optimizer step.
-        uses_shift: whether it looks at the running mean of the rewards, of the steps before this one.
-        As PreferenceTrainer otherwise.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        args: Any,
-        *,
-        objective: Callable[[Tensor, Tensor, UnpairedState], Tensor],
-        uses_kl: bool = False,
-        uses_shift: bool = False,
-        **kwargs: Any,
-    ):
-        self.objective, self.uses_kl, self.uses_shift = objective, uses_kl, uses_shift
-        super().__init__(model, args, **kwargs)
-        self.report.units = {"loss": "per row", "kl": "nats", "logps/chosen": "nats", "logps/rejected": "nats"}
-        self.kl = torch.zeros((), device=args.device)
-        self._rewards = torch.zeros(
-            4, dtype=torch.float64, device=args.device
-        )  # mean, count; sum, count not in it yet
-
-    def step_counts(self, batch: GroupedBatch) -> dict[str, Tensor]:
-        return {"counted": batch.member(0).counted_tokens(), "rows": batch.columns["counted"].sum()}
-
-    def prepare_step(self, batches: list[GroupedBatch]) -> None:
-        """The reference point and the shift of the whole step, alike on all processes."""
-        if self.uses_shift:
-            added = self.accelerator.reduce(self._rewards[2:].clone(), "sum")
-            self._rewards[:2] = torch.stack(running_mean(self._rewards[0], self._rewards[1], added[0], added[1]))
-            self._rewards[2:] = 0
-        if self.uses_kl:
-            sums = torch.stack([self._kl_sums(self.model_wrapped, batch) for batch in batches]).sum(0)
-            self.kl = kl_estimate(self.accelerator.reduce(sums, "sum"))
-            self.record("kl", self.kl, 1)
-
-    @torch.no_grad()
-    def _kl_sums(self, model: nn.Module, batch: GroupedBatch) -> Tensor:
-        """What the batch adds to the reference point; leaves the reference of the rows' own answers in its columns."""
-        moved = self._prepare_inputs(batch)
-        with self.accelerator.autocast():
-            reference = self.reference.log_probs(model, moved)  # of both answers, their prompt run once
-            policy = self.policy.log_probs(model, moved.member(1))
-        batch.columns["ref_logp"] = reference[0::2]
-        return kl_sums(policy.logp.sum(1), reference[1::2].sum(1), moved.columns["kl_counted"])
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: GroupedBatch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ):
-        """This micro-batch's share of the step's mean loss of a row, times the number of processes."""
-        losses, sums = self._losses(model, inputs, self.kl)
-        self._record_means(sums)
-        self._rewards[2:] += torch.stack([sums["rewards"], sums["rows"]]).double()
-        loss = losses.sum() / self.step["rows"] * self.args.world_size
-        return (loss, losses) if return_outputs else loss
-
-    def _losses(self, model: nn.Module, batch: GroupedBatch, kl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        own = batch.member(0)
-        out = self.policy.log_probs(model, own)
-        known = Cached() if "ref_logp" in own.columns else self.reference
-        logp, reference = out.logp.sum(1), known.log_probs(model, own).sum(1)
-        counted, good = own.columns["counted"], own.columns["label"]
-        state = UnpairedState(kl, self._rewards[0].float(), own.columns.get("density_ratio"))
-        losses = self.objective(logp - reference, good, state) * counted
-        return losses, self._sums_of(logp.detach(), reference, counted, good, losses.detach())
-
-    def _sums_of(
-        self, logp: Tensor, reference: Tensor, counted: Tensor, good: Tensor, losses: Tensor
-    ) -> dict[str, Tensor]:
-        rewards = self.args.beta * (logp - reference)
-        chosen, rejected = (good & counted).float(), (~good & counted).float()
-        level = self._rewards[0].float() if self.uses_shift else self.kl * self.args.beta
-        above = _above(rewards - level)
-        return {
-            "loss": losses.sum(),
-            "rewards": (rewards * counted).sum(),
-            "rewards/chosen": (rewards * chosen).sum(),
-            "rewards/rejected": (rewards * rejected).sum(),
-            "rewards/accuracies": (above * chosen + (1 - above) * rejected).sum(),
-            "logps/chosen": (logp * chosen).sum(),
-            "logps/rejected": (logp * rejected).sum(),
-            "rows": counted.sum().float(),
-            "chosen": chosen.sum(),
-            "rejected": rejected.sum(),
-        }
-
-    @property
-    def means(self) -> dict[str, tuple[str, str]]:
-        by_label = {f"{name}/{of}": (f"{name}/{of}", of) for name in ("rewards", "logps") for of in LABELS}
-        return {**by_label, "rewards/accuracies": ("rewards/accuracies", "rows")}
-
-    def evaluation_sums(self, model: nn.Module, batch: GroupedBatch) -> dict[str, Tensor]:
-        kl = kl_estimate(self._kl_sums(model, batch)) if self.uses_kl else self.kl
-        return self._losses(model, batch, kl)[1]
-
-    def evaluation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        metrics = super().evaluation_metrics(sums)
-        if {f"rewards/{of}" for of in LABELS} <= set(metrics):
-            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        return metrics
-
-    def save_extras(self, checkpoint: Path) -> None:
-        super().save_extras(checkpoint)
-        if self.uses_shift:
-            pending = self.accelerator.reduce(self._rewards[2:].clone(), "sum")
-            if self.args.should_save:
-                save_file({"rewards": torch.cat([self._rewards[:2], pending]).cpu()}, checkpoint / STATE_FILE)
-
-    def load_extras(self, checkpoint: Path) -> None:
-        super().load_extras(checkpoint)
-        if self.uses_shift and (path := checkpoint / STATE_FILE).is_file():
-            self._rewards = load_file(path)["rewards"].to(self.args.device)
-            if self.args.process_index:
-                self._rewards[2:] = 0  # the first process brings what all had

@@ -1,7 +1,8 @@
-"""The built-in data sets: one right answer to every question, no picture in both splits, the same bytes every time."""
+"""The built-in picture data: one right answer to every question, no picture in both splits, the same bytes."""
 
 import collections
 import hashlib
+import importlib
 import random
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import shared.builtin as builtin
 from shared.builtin import digits, shapes
 from shared.errors import UserError
 
-NAMES = sorted(builtin.DATASETS)
+NAMES = ["builtin/digits", "builtin/shapes"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -169,11 +170,24 @@ def test_the_files_in_the_repository_are_small():
     assert (root / "data" / "DIGITS_LICENSE.txt").read_text().count("CC BY 4.0") == 1
 
 
-def test_the_recipe_names_what_is_there_and_is_left_out_for_other_models():
+def test_a_recipe_is_left_out_for_models_that_are_not_built_in():
     recipe = builtin.recipe("sft_vlm")
-    options = yaml.safe_load(recipe({}).read_text())
-    assert options["model_name_or_path"] in builtin.MODELS
-    assert set(options["dataset_name"]) <= set(builtin.DATASETS)
-    rows = sum(len(builtin.load_dataset(name, "test")) for name in options["dataset_name"])
-    assert options["eval_answers"] == rows  # the table it ends with counts every held-out row
+    assert recipe({}) == builtin.RECIPES / "sft_vlm.yaml"
+    assert recipe({"model_name_or_path": "builtin/vlm-small"}) == recipe({})
     assert recipe({"model_name_or_path": "someone/else"}) is None
+
+
+TRAINED = [path.stem for path in sorted(builtin.RECIPES.glob("*.yaml")) if "builtin/" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_recipe_names_what_is_there_and_answers_every_held_out_row(name):
+    options = yaml.safe_load((builtin.RECIPES / f"{name}.yaml").read_text())
+    names = options["dataset_name"] if isinstance(options["dataset_name"], list) else [options["dataset_name"]]
+    assert options["model_name_or_path"] in builtin.MODELS
+    assert set(names) <= set(builtin.DATASETS)
+    if "eval_answers" in options:
+        assert options["eval_answers"] == sum(len(builtin.load_dataset(name, "test")) for name in names)
+    if "judge" in options:
+        module, _, function = options["judge"].rpartition(".")
+        assert callable(getattr(importlib.import_module(module), function))

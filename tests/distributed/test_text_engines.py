@@ -37,6 +37,6 @@ def alone(model, tmp_path_factory):
 def test_two_processes_train_what_one_trains(engine, alone, model, tmp_path, monkeypatch):
     facts = launched(tmp_path, profile(engine), model, ENGINES[engine], monkeypatch)
     for name, found in facts.items():
-        assert len(found["losses"]) == 4
+        assert len(found["losses"]) == 6
         assert found["losses"] == pytest.approx(alone[name]["losses"], rel=2e-4, abs=1e-5), name
         assert found["held_out"] == pytest.approx(alone[name]["held_out"], rel=1e-3, abs=1e-4), name

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shared.runtime.command import run_command
 
-GLOBAL_BATCH, STEPS = 8, 4
+GLOBAL_BATCH, STEPS, COUNT = 8, 6, 30  # the fourth step of an epoch has 6 rows
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
 
 
@@ -79,7 +79,7 @@ def train(name: str, model: str, folder: Path) -> dict:
     trainer = getattr(textalign, f"{kind}Trainer")(
         model,
         args=config,
-        train_dataset=[make(i) for i in range(32)],
+        train_dataset=[make(i) for i in range(COUNT)],
         eval_dataset=[make(i) for i in range(11)],
         peft_config=peft,
     )

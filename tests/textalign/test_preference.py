@@ -267,6 +267,43 @@ def test_kto_estimates_its_reference_point_over_the_whole_step(model_path, tmp_p
     assert trainer.kl == pytest.approx(max(0.0, (sums[0] / sums[1]).item()), abs=1e-5)
 
 
+def test_kto_keeps_its_reference_point_where_a_row_has_no_partner(model_path, tmp_path):
+    trainer = make("KTO", model_path, tmp_path)
+    trainer.model_wrapped = trainer.model
+    trainer.kl = torch.tensor(3.0)
+    trainer.prepare_step([trainer.data_collator([trainer.train_dataset[0]])])
+    assert trainer.kl == 3
+
+
+def test_kto_evaluation_does_not_depend_on_the_batch(model_path, tmp_path):
+    """Each row's pair is the next row of its batch, so the batches' ends alone may differ."""
+    found = []
+    for size in (3, 16):
+        trainer = make("KTO", model_path, tmp_path / str(size), per_device_eval_batch_size=size)
+        perturb(trainer.model)
+        found.append(trainer.evaluate()["eval_loss"])
+        assert trainer.kl == 0, "an evaluation leaves the run as it is"
+    assert found[0] == pytest.approx(found[1], abs=0.02)
+
+
+def test_kto_pairs_fit_into_max_length(model_path, tmp_path):
+    rows = singles(8)
+    rows[0]["prompt"] = [{"role": "user", "content": "What colour is the circle? " * 4}]
+    rows[1]["completion"] = [{"role": "assistant", "content": "red green " * 20}]
+    trainer = make("KTO", model_path, tmp_path, rows=rows, max_length=80)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    whole = batch.prompt_mask.sum(1).repeat_interleave(2) + batch.completion_attention.sum(1)
+    assert whole.max() <= 80
+
+
+def test_a_bad_pair_is_named_by_its_own_row_and_can_be_left_out(model_path, tmp_path):
+    rows = pairs(6)
+    rows[3]["rejected"] = copy.deepcopy(rows[3]["chosen"])
+    with pytest.raises(DataError, match="row 3"):
+        make("KTO", model_path, tmp_path, rows=rows)
+    assert len(make("KTO", model_path, tmp_path, rows=rows, on_bad_row="skip").train_dataset) == 10
+
+
 def test_bco_shift_is_the_mean_reward_of_earlier_steps(model_path, tmp_path):
     trainer = make("BCO", model_path, tmp_path, max_steps=3)
     seen = []
@@ -295,7 +332,7 @@ def test_bco_weights_bad_rows_by_their_prompts(model_path, tmp_path):
         row["prompt"] = [{"role": "user", "content": "What colour" if row["label"] else "Where is it"}]
     trainer = textalign.BCOTrainer(
         model_path,
-        args=textalign.BCOConfig(output_dir=str(tmp_path), max_steps=2, save_steps=2, learning_rate=1e-3),
+        args=textalign.BCOConfig(output_dir=str(tmp_path), max_steps=2, learning_rate=1e-3),
         train_dataset=rows,
         embedding_func=embed,
         embedding_tokenizer=AutoTokenizer.from_pretrained(model_path),
@@ -306,7 +343,6 @@ def test_bco_weights_bad_rows_by_their_prompts(model_path, tmp_path):
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     assert "density_ratio" in batch.columns
     trainer.train()
-    assert (tmp_path / "checkpoint-2" / "density.safetensors").is_file()
 
 
 def test_pairs_are_taken_as_single_answers(model_path, tmp_path):
@@ -352,6 +388,11 @@ def test_a_judge_by_its_path_and_one_that_fails(model_path, tmp_path):
         ("DPO", {"beta": -1.0}, "beta"),
         ("DPO", {"ld_alpha": 2.0}, "ld_alpha"),
         ("KTO", {"per_device_train_batch_size": 1}, "at least 2"),
+        ("KTO", {"loss_type": "kot"}, "kto"),
+        ("KTO", {"beta": 0.0}, "beta"),
+        ("KTO", {"desirable_weight": -1.0}, "desirable_weight"),
+        ("BCO", {"beta": -1.0}, "beta"),
+        ("BCO", {"min_density_ratio": 5.0, "max_density_ratio": 1.0}, "min_density_ratio"),
         ("KTO", {"precompute_ref_log_probs": True}, "precompute_ref_log_probs"),
         ("DPO", {"precompute_ref_log_probs": True, "sync_ref_model": True}, "exclude"),
         ("DPO", {"sync_ref_model": True, "ref_model_sync_steps": 0}, "ref_model_sync_steps"),
@@ -370,6 +411,15 @@ def test_rows_that_cannot_be_used(model_path, tmp_path):
         make("DPO", model_path, tmp_path, rows=same_answers)
     with pytest.raises(DataError, match="chosen"):
         make("DPO", model_path, tmp_path, rows=[{"prompt": "a", "completion": "b"}])
+
+
+def test_no_dropout_is_left(model_path, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, attention_dropout=0.5)
+    trainer = make("DPO", model_path, tmp_path, model=model, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
 def test_a_config_of_another_trainer_is_named(model_path):
