@@ -19,7 +19,9 @@ class TextOptions(AlignOptions):
     truncation_mode: Literal["keep_start", "keep_end"] = option(
         "keep_start", "Which end of a row that is too long is kept."
     )
-    pad_to_multiple_of: int | None = option(None, "Pad rows to a multiple of so many tokens.")
+    pad_to_multiple_of: int | Literal["auto"] | None = option(
+        None, "Pad rows to a multiple of so many tokens. auto: as unset."
+    )
     chat_template_path: str | None = option(
         None, "Chat template to use: a Jinja file, or a model (folder or hub id) whose template is taken over."
     )

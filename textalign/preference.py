@@ -8,19 +8,24 @@ from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from shared.data.collators import PairCollator
 from shared.data.schema import Kind
 from shared.errors import UserError
 from shared.policies.token import TokenPolicy
-from shared.runtime.models import load_model
 from shared.trainers.judging import Judge, load_judge
 from shared.trainers.preference import PreferenceTrainer
-from shared.trainers.reference import Cached, FrozenCopy, Reference, make_reference
-from shared.trainers.reference_cache import precompute, weights_of_model, weights_of_name
+from shared.trainers.reference import Cached, Reference, check_engine, make_reference
 from shared.trainers.reference_sync import SyncReference, load_reference, save_reference
 from textalign.preparing import TextRun, load_text_model, prepare_text
+from textalign.referenced import (
+    check_reference,
+    check_tokens_known,
+    fit_given_reference,
+    load_reference_model,
+    run_beforehand,
+    tokens_known,
+)
 
 
 class TextPreferenceTrainer(PreferenceTrainer):
@@ -33,20 +38,22 @@ class TextPreferenceTrainer(PreferenceTrainer):
         train_dataset: preference rows; see shared.data.schema for the columns.
         eval_dataset: held-out rows of the same kind, or several sets by name.
         processing_class: the tokenizer; the model's own where None.
-        compute_metrics, preprocess_logits_for_metrics: not taken, since whole logits never exist.
+        model_init: not taken: give the model or its name.
         callbacks, optimizers: as transformers.Trainer.
-        quantization_config: as `from_pretrained`, where the model is given by name.
+        preprocess_logits_for_metrics, compute_metrics: not taken, since whole logits never exist.
         peft_config: puts this adapter on the model; a folder or hub id of an adapter goes on training that one.
+        quantization_config: as `from_pretrained`, where the model is given by name.
         judge: `f(prompt, answer) -> number`, scores generated answers; `args.judge` where None.
 
     Raises:
-        UserError: options that cannot be followed.
+        UserError: options that cannot be followed; a model none of whose weights is trained.
         DataError: columns or rows that cannot be used, named; before any weight is loaded.
     """
 
     config_class: ClassVar[type]
     kinds: ClassVar[tuple[Kind, ...]] = (Kind.PREFERENCE,)
     run: TextRun
+    reference_given: Any = None  # what a trainer with a reference is to make it from
 
     def __init__(
         self,
@@ -56,14 +63,15 @@ class TextPreferenceTrainer(PreferenceTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics: Callable | None = None,
+        model_init: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         preprocess_logits_for_metrics: Callable | None = None,
-        quantization_config: Any = None,
         peft_config: Any = None,
+        compute_metrics: Callable | None = None,
+        *,
+        quantization_config: Any = None,
         judge: Judge | None = None,
-        **reference: Any,
     ):
         for name, value in (
             ("compute_metrics", compute_metrics),
@@ -71,11 +79,9 @@ class TextPreferenceTrainer(PreferenceTrainer):
         ):
             if value is not None:
                 raise UserError(f"{name} is not taken: whole logits never exist here. Evaluation has its metrics.")
-        args = self.config_class() if args is None else args
-        if not isinstance(args, self.config_class):
-            raise UserError(
-                f"args is a {type(args).__name__}; give a {self.config_class.__name__}, which takes the same options."
-            )
+        if model_init is not None:
+            raise UserError("model_init is not taken: give the model, or its name, as model.")
+        args = self.config_class.of(args)
         try:
             objective = self.objective_options(args)
         except ValueError as error:  # an objective's own words for its options
@@ -86,8 +92,8 @@ class TextPreferenceTrainer(PreferenceTrainer):
             model,
             args,
             config_class=self.config_class,
-            train_dataset=self.read_rows(train_dataset),
-            eval_dataset=self.read_rows(eval_dataset),
+            train_dataset=self.read_rows(train_dataset, args),
+            eval_dataset=self.read_rows(eval_dataset, args),
             processing_class=processing_class,
             allowed=self.kinds,
             tokenising=lambda kind: limits,
@@ -95,6 +101,11 @@ class TextPreferenceTrainer(PreferenceTrainer):
         self.loaded_from = model if isinstance(model, str) else None
         init = {} if quantization_config is None else {"quantization_config": quantization_config}
         model = load_text_model(model, args, run.tokenizer, peft_config=peft_config, **init)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError(
+                "No weight of the model is trained. Load its adapter to be trained (PeftModel.from_pretrained(…, "
+                "is_trainable=True)), or give the base model and the adapter's folder as peft_config."
+            )
         super().__init__(
             model,
             args,
@@ -107,8 +118,8 @@ class TextPreferenceTrainer(PreferenceTrainer):
             processing_class=run.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
+            ref_model=self.reference_given,
             **objective,
-            **reference,
         )
         run.tell(self)
 
@@ -121,7 +132,7 @@ class TextPreferenceTrainer(PreferenceTrainer):
         return PairCollator(run.tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
 
     @staticmethod
-    def read_rows(rows: Any) -> Any:
+    def read_rows(rows: Any, args: Any) -> Any:
         """The data set as the trainer reads it."""
         return rows
 
@@ -136,6 +147,9 @@ class TextReferenceTrainer(TextPreferenceTrainer):
         ref_model: the reference: a model or its name; `args.ref_model_name_or_path` where None. Without either it is
             the model as it is at the start.
         As TextPreferenceTrainer otherwise.
+
+    Raises:
+        UserError: options that exclude each other or cannot be had; a model that cannot be its own reference.
     """
 
     def __init__(
@@ -143,19 +157,52 @@ class TextReferenceTrainer(TextPreferenceTrainer):
         model: str | PreTrainedModel | nn.Module,
         ref_model: str | PreTrainedModel | nn.Module | None = None,
         args: Any = None,
-        *others: Any,
-        **kwargs: Any,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        preprocess_logits_for_metrics: Callable | None = None,
+        judge: Judge | None = None,
     ):
-        super().__init__(model, args, *others, ref_model=ref_model, **kwargs)
+        args = self.config_class.of(args)
+        ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
+        has_adapter = peft_config is not None or hasattr(model, "peft_config")
+        check_reference(model, ref_model, args, train_dataset=train_dataset, has_adapter=has_adapter)
+        self.reference_given = ref_model
+        self.tokens_at_first = tokens_known(model, args)  # a model that is given is changed where tokens are added
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            peft_config=peft_config,
+            compute_metrics=compute_metrics,
+            quantization_config=quantization_config,
+            judge=judge,
+        )
 
     def reference_of(self, ref_model: str | nn.Module | None) -> Reference:
         """The reference, as the options want it; run beforehand where they say so."""
-        args = self.args
-        ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
-        init = dict(args.model_init_kwargs or {})
-
-        def load(name: str, **options: Any) -> nn.Module:
-            return load_model(name, head="causal-lm", frozen=True, seed=args.seed, **{**init, **options})
+        args, tokenizer = self.args, self.run.tokenizer
+        options = {"num_shared_layers": args.ref_num_shared_layers, "load_in_8bit": args.ref_load_in_8bit}
+        check_engine(self.accelerator, synced=args.sync_ref_model, **options)
+        known = self.tokens_at_first
+        if ref_model is not None:
+            known = tokens_known(ref_model, args)
+            check_tokens_known(known, self.tokens_at_first, tokenizer)
+            if not isinstance(ref_model, str):
+                fit_given_reference(ref_model, args, tokenizer)
 
         def made(beforehand: bool) -> Reference:
             return make_reference(
@@ -163,54 +210,23 @@ class TextReferenceTrainer(TextPreferenceTrainer):
                 ref_model,
                 accelerator=self.accelerator,
                 policy=self.policy,
-                load=load,
+                load=lambda name, **more: load_reference_model(name, args, tokenizer, **more),
                 name=self.loaded_from,
                 share_prefix=args.share_prefix,
-                num_shared_layers=args.ref_num_shared_layers,
-                load_in_8bit=args.ref_load_in_8bit,
                 synced=args.sync_ref_model,
                 beforehand=beforehand,
+                **options,
             )
 
         if args.precompute_ref_log_probs:
-            return self._run_beforehand(ref_model, made, init)
+            all_known = known >= len(tokenizer)
+            run_beforehand(self, ref_model, made, name=self.loaded_from, all_known=all_known)
+            return Cached()
         reference = made(False)
         if args.sync_ref_model:
             every, alpha = args.ref_model_sync_steps, args.ref_model_mixup_alpha
             self.add_callback(SyncReference(reference, every=every, alpha=alpha))
         return reference
-
-    def _run_beforehand(self, ref_model: Any, made: Callable[[bool], Reference], init: dict[str, Any]) -> Reference:
-        """Put the reference's log-probabilities beside the rows; nothing is loaded where they are known already."""
-        args = self.args
-        zero3 = is_deepspeed_zero3_enabled()  # a model that is cut up runs in its engine alone
-        if not zero3 and not getattr(self.model, "is_quantized", False):
-            self.model.to(args.device)
-        name = ref_model if isinstance(ref_model, str) else self.loaded_from if ref_model is None else None
-        adapted = hasattr(self.model, "peft_config") and ref_model is None
-        weights = None
-        if name is not None and not adapted and not args.ref_load_in_8bit:
-            weights = weights_of_name(name, **init)
-        reference: Reference | Callable[[], Reference] = lambda: made(not zero3)  # noqa: E731
-        if weights is None:
-            reference = made(not zero3)
-            weights = weights_of_model(reference.model if isinstance(reference, FrozenCopy) else self.model, reference)
-        options = {
-            "weights": weights,
-            "model": self.model,
-            "accelerator": self.accelerator,
-            "batch_size": args.precompute_ref_batch_size or args.per_device_train_batch_size,
-        }
-        self.train_dataset = precompute(reference, self.train_dataset, self.data_collator, **options)
-        held_out = self.eval_dataset
-        if isinstance(held_out, dict):
-            self.eval_dataset = {
-                name: precompute(reference, rows, self.data_collator, what=name, **options)
-                for name, rows in held_out.items()
-            }
-        elif held_out is not None:
-            self.eval_dataset = precompute(reference, held_out, self.data_collator, what="eval", **options)
-        return Cached()
 
     def save_extras(self, checkpoint: Path) -> None:
         super().save_extras(checkpoint)

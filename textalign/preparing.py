@@ -6,7 +6,8 @@ The order is that of cost: what is wrong with options or rows is said before any
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from shared.data.rows import Rows
 from shared.data.schema import Kind
-from shared.data.tokenise import Tokeniser, tokenise, tokenise_stream
+from shared.data.tokenise import Tokeniser, TokenSummary, tokenise, tokenise_stream
+from shared.data.tokens import TokenTable
 from shared.errors import UserError
-from shared.runtime.adapters import attach_adapter
-from shared.runtime.models import Head, load_model, load_processor
+from shared.runtime.adapters import attach_adapter, training_tokens
+from shared.runtime.models import Head, load_config, load_model, load_processor, position_limit
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import Answer
-from shared.trainers.base import AlignTrainer
 from shared.trainers.config import AlignConfig
-from shared.trainers.datasets import check_evaluation, check_steps, checked_rows, kind_of
+from shared.trainers.datasets import check_evaluation, check_steps, checked_rows, held_out_rows, kind_of
+from shared.trainers.offline import OfflineTrainer
 from textalign.options import TextOptions
 
 HUB_OPTIONS = ("revision", "trust_remote_code")
@@ -38,10 +40,11 @@ class TextRun:
         model_name: for titles and messages.
         tokenizer: with a token to pad with, and the chat template that the options ask for.
         kind: what the rows are.
-        tokeniser: how they became tokens.
+        tokeniser: how held-out rows become tokens.
+        longest_prompt: prompts to be answered lose their beginning beyond so many tokens; None: no cut.
         train: token rows (a TokenTable, or a stream).
         held_out: token rows, or several sets of them by name; None where there are none.
-        questions: the held-out rows as they were given, to be answered by generation.
+        questions: the held-out rows that are used, as they were given, to be answered by generation.
         left_out: training rows that are not used -> why.
         notes: what tokenising did to the rows, a text for each set of them.
     """
@@ -50,27 +53,52 @@ class TextRun:
     tokenizer: PreTrainedTokenizerBase
     kind: Kind
     tokeniser: Tokeniser
-    train: Any
-    held_out: Any
-    questions: Rows | dict[str, Rows] | None
-    left_out: dict[int, str]
-    notes: list[str]
+    longest_prompt: int | None = None
+    train: Any = None
+    held_out: Any = None
+    questions: Rows | dict[str, Rows] | None = None
+    left_out: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def encode_prompts(self, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """Left-padded prompts of rows as `generate` takes them, and their recorded answers."""
+        """Left-padded prompts of rows as `generate` takes them, and their recorded answers.
+
+        Raises:
+            UserError: no prompt fits before an answer of `max_new_tokens`.
+        """
+        if self.longest_prompt is not None and self.longest_prompt < 1:
+            raise UserError(
+                "max_new_tokens: so long an answer leaves no position for a prompt in this model. Give fewer, or "
+                "answer no rows (eval_answers 0)."
+            )
         asked = [self.tokeniser.ask(row) for row in rows]
-        width = max(len(each.prompt_ids) for each in asked)
+        prompts = [each.prompt_ids[-(self.longest_prompt or 0) :] for each in asked]
+        width = max(map(len, prompts))
         ids = torch.full((len(asked), width), self.tokenizer.pad_token_id)
         attention = torch.zeros_like(ids)
-        for at, each in enumerate(asked):
-            ids[at, width - len(each.prompt_ids) :] = torch.as_tensor(each.prompt_ids)
-            attention[at, width - len(each.prompt_ids) :] = 1
+        for at, prompt in enumerate(prompts):
+            ids[at, width - len(prompt) :] = torch.as_tensor(prompt)
+            attention[at, width - len(prompt) :] = 1
         return {"input_ids": ids, "attention_mask": attention}, [each.answer or "" for each in asked]
 
-    def tell(self, trainer: AlignTrainer) -> None:
-        """Put what was done to the rows into the trainer's report."""
+    def tell(self, trainer: OfflineTrainer) -> None:
+        """Put what was done to the rows into the trainer's report, and let it evaluate other rows of their kind."""
         trainer.row_notes = dict(self.left_out)
         trainer.report.notes += self.notes
+        trainer.read_held_out = partial(self.read_held_out, args=trainer.args)
+
+    def read_held_out(self, rows: Any, args: AlignConfig) -> TokenTable:
+        """Tokens of held-out rows that came later."""
+        rows = held_out_rows(rows, self.kind, args, "eval", text_field=self.tokeniser.writer.text_field)
+        return self.tokens(rows, self.tokeniser, args, "eval")[0]
+
+    def tokens(self, rows: Rows, tokeniser: Tokeniser, args: Any, what: str) -> tuple[TokenTable, TokenSummary]:
+        """Rows as tokens; what was done to them is printed and noted."""
+        table, summary = tokenise(rows, tokeniser, num_proc=args.dataset_num_proc, what=what)
+        self.notes.append(summary.text(what))
+        if args.should_log:
+            print(self.notes[-1], flush=True)
+        return table, summary
 
     def prompt(self, row: dict[str, Any]) -> str:
         """The question of a row as its author wrote it: a text, or the last thing that the user says."""
@@ -101,6 +129,8 @@ def prepare_text(
     processing_class: Any,
     allowed: Collection[Kind],
     tokenising: Callable[[Kind], dict[str, Any]],
+    held_out_tokenising: Callable[[Kind], dict[str, Any]] | None = None,
+    text_field: str = "text",
 ) -> TextRun:
     """Load the tokenizer, check the rows and turn them into tokens.
 
@@ -112,6 +142,8 @@ def prepare_text(
         processing_class: the tokenizer (a processor's tokenizer is used); None: the model's own.
         allowed: the kinds of data that the trainer takes.
         tokenising: kind -> what Tokeniser takes besides the tokenizer and the options in TextOptions.
+        held_out_tokenising: the same of held-out rows, where they become tokens otherwise.
+        text_field: the column of plain text.
 
     Raises:
         UserError, DataError: options, columns or rows that cannot be used.
@@ -120,41 +152,51 @@ def prepare_text(
         raise UserError(
             f"args is a {type(args).__name__}; give a {config_class.__name__}, which takes the same options."
         )
+    if not isinstance(model, (str, nn.Module)):
+        raise UserError(f"model is a {type(model).__name__}: give its name or folder as a string, or a loaded model.")
     check_evaluation(args, eval_dataset)
-    kind = kind_of(train_dataset, allowed)
+    kind = kind_of(train_dataset, allowed, text_field=text_field)
+    longest_prompt = _fit_to_positions(model, args)
     tokenizer = load_tokenizer(model, args, processing_class)
-    tokeniser = Tokeniser(
-        tokenizer,
-        kind,
-        **{
-            "max_length": args.max_length,
-            "truncation_mode": args.truncation_mode,
-            "on_bad_row": args.on_bad_row,
-            **tokenising(kind),
-        },
-    )
-    train, held_out = checked_rows(train_dataset, eval_dataset, kind, args)
-    notes: list[str] = []
-    left_out = {row: f"left out: {why}" for row, why in getattr(train, "left_out", {}).items()}
 
-    def tokens(rows: Any, what: str) -> Any:
-        if not isinstance(rows, Rows):
-            return tokenise_stream(rows, tokeniser)
-        table, summary = tokenise(rows, tokeniser, num_proc=args.dataset_num_proc, what=what)
-        notes.append(summary.text(what))
-        if args.should_log:
-            print(notes[-1], flush=True)
-        if rows is train:
-            left_out.update({row: f"left out: {why}" for row, why in summary.left_out.items()})
-        return table
+    def tokeniser(told: Callable[[Kind], dict[str, Any]]) -> Tokeniser:
+        options = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, "text_field": text_field}
+        return Tokeniser(tokenizer, kind, **{**options, "on_bad_row": args.on_bad_row, **told(kind)})
 
-    train_tokens = tokens(train, "train")
-    check_steps(args, train_tokens)
-    if isinstance(held_out, dict):
-        held_out_tokens = {name: tokens(rows, name) for name, rows in held_out.items()}
+    run = TextRun(_name(model), tokenizer, kind, tokeniser(held_out_tokenising or tokenising), longest_prompt)
+    train, held_out = checked_rows(train_dataset, eval_dataset, kind, args, text_field=text_field)
+    if isinstance(train, Rows):
+        run.train, summary = run.tokens(train, tokeniser(tokenising), args, "train")
+        run.left_out = {row: f"left out: {why}" for row, why in {**train.left_out, **summary.left_out}.items()}
     else:
-        held_out_tokens = None if held_out is None else tokens(held_out, "eval")
-    return TextRun(_name(model), tokenizer, kind, tokeniser, train_tokens, held_out_tokens, held_out, left_out, notes)
+        run.train = tokenise_stream(train, tokeniser(tokenising))
+    check_steps(args, run.train)
+    if held_out is not None:
+        sets = held_out if isinstance(held_out, dict) else {"eval": held_out}
+        tables = {name: run.tokens(rows, run.tokeniser, args, name)[0] for name, rows in sets.items()}
+        used = {name: Rows(sets[name].dataset, table.rows.tolist()) for name, table in tables.items()}
+        several = isinstance(held_out, dict)
+        run.held_out, run.questions = (tables, used) if several else (tables["eval"], used["eval"])
+    return run
+
+
+def _fit_to_positions(model: str | nn.Module, args: Any) -> int | None:
+    """Keep rows within the positions that the model has; returns how long a prompt to be answered may be.
+
+    Raises:
+        UserError: longer rows are asked for.
+    """
+    config = load_config(model, **_hub_options(args)) if isinstance(model, str) else model.config
+    positions = position_limit(config)
+    if positions is None:
+        return args.max_length
+    if args.max_length is None or args.max_length > positions:
+        if args.max_length not in (None, type(args).max_length):
+            raise UserError(f"max_length {args.max_length}: this model has {positions} positions. Give {positions}.")
+        args.max_length = positions
+        if args.should_log:
+            print(f"max_length is {positions}: the model has no more positions.", flush=True)
+    return min(args.max_length, positions - args.max_new_tokens)
 
 
 def _name(model: str | nn.Module) -> str:
@@ -178,6 +220,10 @@ def load_tokenizer(model: str | nn.Module, args: TextOptions, given: Any = None)
             raise UserError("processing_class is missing: this model does not say where its tokenizer is.")
         given = load_processor(name, **_hub_options(args))
     tokenizer = getattr(given, "tokenizer", given)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(
+            f"processing_class is a {type(given).__name__}: give the tokenizer, AutoTokenizer.from_pretrained(...)."
+        )
     if tokenizer is not given and not getattr(tokenizer, "chat_template", None):
         tokenizer.chat_template = getattr(given, "chat_template", None)
     if args.chat_template_path is not None:
@@ -210,6 +256,9 @@ def _take_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     added = [token for token in source.added_tokens_decoder.values() if token.content not in known]
     needed = [token for token in added if token.content in template or token.content == source.eos_token]
     tokenizer.add_tokens(needed, special_tokens=True)
+    # places that a model keeps free for tokens are as untrained as those that it has to be given
+    taken = [tokenizer.convert_tokens_to_ids(token.content) for token in needed]
+    tokenizer.taken_over = [*getattr(tokenizer, "taken_over", ()), *taken]
     tokenizer.chat_template = template
     if source.eos_token in tokenizer.get_vocab():
         tokenizer.eos_token = source.eos_token
@@ -232,29 +281,57 @@ def load_text_model(
         options: more for `from_pretrained`.
 
     Raises:
-        UserError: see shared.runtime.models.load_model and shared.runtime.adapters.attach_adapter.
+        UserError: options of loading, for a model that is loaded; see shared.runtime.models.load_model and
+            shared.runtime.adapters.attach_adapter.
     """
     set_seed(args.seed)  # weights that are drawn here are alike in all processes
     if isinstance(model, str):
         init = {**(args.model_init_kwargs or {}), **options}
         model = load_model(model, head=head, frozen=peft_config is not None, seed=args.seed, **init)
-    fit_to_tokenizer(model, tokenizer)
+    else:
+        _refuse_loading(args, options)
+    new = fit_to_tokenizer(model, tokenizer)
+    if new and (peft_config is not None or hasattr(model, "peft_config")):
+        peft_config = training_tokens(peft_config, model, new)
     adapter = {"path": peft_config} if isinstance(peft_config, str) else {"config": peft_config}
     model = attach_adapter(model, **adapter, checkpointing=bool(args.activation_checkpointing))
     if getattr(args, "disable_dropout", False):
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        _without_dropout(model)
     return model
 
 
-def fit_to_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Embeddings for tokens that were added, and the special tokens' numbers in the model's configuration."""
+def _refuse_loading(args: Any, options: dict[str, Any]) -> None:
+    """Raise UserError where it is said how to load a model that is loaded."""
+    given = set() if hasattr(args, "ref_model_name_or_path") else set(args.model_init_kwargs or {}) - {*HUB_OPTIONS}
+    if given:
+        raise UserError(f"model_init_kwargs: {', '.join(sorted(given))} cannot be followed: the model is loaded.")
+    if options.get("quantization_config") is not None:
+        raise UserError("quantization_config: the model is loaded. Give it to from_pretrained, or give a name.")
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """No dropout anywhere, an adapter's neither: attention layers hold their own rate as a number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def fit_to_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Embeddings for tokens that were added, and the special tokens' numbers in the model's configuration.
+
+    Returns:
+        The tokens that the model was not trained on, as far as is known.
+    """
     inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     embeddings = inner.get_input_embeddings()
     known = getattr(embeddings, "num_embeddings", None)
+    new = set(getattr(tokenizer, "taken_over", ()))
     if known is not None and len(tokenizer) > known:
         inner.resize_token_embeddings(len(tokenizer))
+        new |= set(range(known, len(tokenizer)))
     config = inner.config.get_text_config()
     for each in {id(c): c for c in (config, inner.config)}.values():
         each.pad_token_id = tokenizer.pad_token_id
@@ -263,6 +340,7 @@ def fit_to_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> No
     if generation is not None:
         generation.pad_token_id = tokenizer.pad_token_id
         generation.eos_token_id = _with_eos(generation.eos_token_id, tokenizer.eos_token_id)
+    return sorted(new)
 
 
 def _with_eos(known: int | list[int] | None, eos: int) -> int | list[int]:

@@ -61,7 +61,7 @@ class TextScoringTrainer(ScoringTrainer):
     ):
         if compute_metrics is not None:
             raise UserError("compute_metrics is not taken: evaluation sums up exactly, and has its metrics.")
-        args = self.config_class() if args is None else args
+        args = self.config_class.of(args)
         init = getattr(args, "model_init_kwargs", None) or {}
         hub = {name: init[name] for name in HUB_OPTIONS if name in init}
         check_scorer(model, self.task_type, self.num_labels, **hub)

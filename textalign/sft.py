@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from shared.data.collators import SupervisedCollator
 from shared.data.packing import packed, plan
@@ -21,11 +21,12 @@ from shared.data.schema import Kind
 from shared.data.tokens import TokenTable
 from shared.errors import DataError, UserError
 from shared.policies.base import GroupedBatch
-from shared.policies.packed import PackedPolicy, wants_one_row
+from shared.policies.packed import PackedPolicy, refuse_learnt_prompt, wants_one_row
 from shared.policies.token import TokenPolicy
 from shared.runtime.offloading import ActivationOffloading
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import answer, evenly_spaced, exact_matches, sampled
+from shared.trainers.datasets import check_steps, usable_rows
 from shared.trainers.offline import SupervisedTrainer
 from textalign.config import TextConfig
 from textalign.preparing import load_text_model, prepare_text
@@ -51,7 +52,10 @@ class SFTConfig(SFTOptions, TextConfig):
 
     run_name_stem: ClassVar[str] = "sft"
 
-    def __post_init__(self):
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.loss_type == "chunked_nll":
+            self.loss_type = "nll"
         known = {"skip_prepare_dataset"}
         if unknown := sorted(set(self.dataset_kwargs or {}) - known):
             raise UserError(
@@ -62,7 +66,6 @@ class SFTConfig(SFTOptions, TextConfig):
             self.eval_packing = self.packing
         if (self.packing or self.eval_packing) and self.max_length is None:
             raise UserError("packing needs max_length: it is the length of the packed rows.")
-        super().__post_init__()
 
 
 class SFTTrainer(SupervisedTrainer):
@@ -70,7 +73,7 @@ class SFTTrainer(SupervisedTrainer):
 
     Args:
         model: hub id, folder or built-in name, or a loaded model (a PEFT model too).
-        args: options; `SFTConfig()` where None.
+        args: options; `SFTConfig()` where None, and of a plain transformers.TrainingArguments what is not its default.
         data_collator: a SupervisedCollator, or what gives a GroupedBatch as it does; one by `args` where None.
         train_dataset: rows with `text`, `messages`, `prompt` and `completion`, or `input_ids` (with `labels`,
             `completion_mask` or `assistant_masks`); `tools` and `chat_template_kwargs` reach the chat template.
@@ -94,7 +97,7 @@ class SFTTrainer(SupervisedTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        args: SFTConfig | None = None,
+        args: SFTConfig | TrainingArguments | None = None,
         data_collator: Callable[[list[dict]], GroupedBatch] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -114,28 +117,33 @@ class SFTTrainer(SupervisedTrainer):
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        args = SFTConfig() if args is None else args
+        args = SFTConfig.of(args)
+        packs = args.packing or args.eval_packing
+        if packs or args.padding_free:
+            refuse_learnt_prompt(peft_config, "packing" if packs else "padding_free")
         rows = _Given(args, formatting_func)
         run = prepare_text(
             model,
             args,
             config_class=SFTConfig,
-            train_dataset=rows.read(train_dataset),
-            eval_dataset=rows.read_all(eval_dataset),
+            train_dataset=rows.read(train_dataset, "train_dataset"),
+            eval_dataset=rows.read_held_out(eval_dataset),
             processing_class=processing_class,
             allowed=KINDS,
-            tokenising=lambda kind: rows.tokenising(kind, train_dataset),
+            tokenising=lambda kind: rows.tokenising(kind, train_dataset, packed=args.packing),
+            held_out_tokenising=lambda kind: rows.tokenising(kind, train_dataset, packed=args.eval_packing),
+            text_field=rows.text_field,
         )
         train, held_out = _arranged(run.train, run.held_out, args)
+        check_steps(args, train)
+        if data_collator is not None:
+            _check_collator(data_collator, train)
         init = {} if quantization_config is None else {"quantization_config": quantization_config}
         model = load_text_model(model, args, run.tokenizer, peft_config=peft_config, **init)
-        packs = args.packing or args.eval_packing
         padding_free = wants_one_row(model) if args.padding_free is None else args.padding_free
         if data_collator is None:
             pad = {"padding_free": padding_free, "pad_to_multiple_of": args.pad_to_multiple_of}
             data_collator = SupervisedCollator(run.tokenizer.pad_token_id, **pad)
-        else:
-            _check_collator(data_collator, train)
         if packs or padding_free:
             policy = PackedPolicy(model, option="packing" if packs else "padding_free", share_prefix=False)
         else:
@@ -155,6 +163,9 @@ class SFTTrainer(SupervisedTrainer):
         )
         self.offloading = ActivationOffloading(self.model) if args.activation_offloading else contextlib.nullcontext
         run.tell(self)
+        if args.eval_packing:
+            plain = self.read_held_out
+            self.read_held_out = lambda rows: _pack(plain(rows), args, "eval")
 
     def title(self) -> str:
         return f"Supervised fine-tuning: {self.run.model_name}"
@@ -209,63 +220,71 @@ class _Given:
     """How the rows that a trainer is given are read, and what of them is learnt.
 
     Args:
-        args: the options; taken as they are, since prepare_text checks their class.
+        args: the options.
         formatting_func: the trainer's.
+
+    Attributes:
+        text_field: the column of plain text.
     """
 
-    def __init__(self, args: Any, formatting_func: Callable[[dict], str] | None):
+    def __init__(self, args: SFTConfig, formatting_func: Callable[[dict], str] | None):
         self.args, self.formatting_func = args, formatting_func
+        self.text_field = args.dataset_text_field if formatting_func is None else "text"
 
-    def read_all(self, rows: Any) -> Any:
+    def read_held_out(self, rows: Any) -> Any:
         """Held-out rows, or several sets of them."""
-        return {name: self.read(each) for name, each in rows.items()} if isinstance(rows, dict) else self.read(rows)
+        if isinstance(rows, dict):
+            return {name: self.read(each, f"eval_dataset {name!r}") for name, each in rows.items()}
+        return self.read(rows, "eval_dataset")
 
-    def read(self, rows: Any) -> Any:
-        """The rows, with their texts under `text` where options say where texts come from."""
-        field = getattr(self.args, "dataset_text_field", "text")
-        if rows is None or isinstance(rows, dict) or (self.formatting_func is None and field == "text"):
+    def read(self, rows: Any, what: str) -> Any:
+        """The rows; with a formatting_func what it makes of them, under `text`."""
+        take = self.formatting_func
+        if take is None or rows is None or isinstance(rows, dict):
             return rows
-        if self.formatting_func is None and not _has_column(rows, field):
-            raise UserError(f"dataset_text_field {field}: the data set has no such column.")
-        take = self.formatting_func or (lambda row: row[field])
+        rows = usable_rows(rows, what)
 
-        def text_of(row: dict) -> dict[str, str]:
+        def text_of(row: dict, number: int) -> dict[str, str | None]:
             text = take(row)
-            if self.formatting_func is not None and not isinstance(text, str):
-                raise DataError(f"formatting_func gave a {type(text).__name__}: it is to give one text for one row.")
-            return {"text": text}
+            if not isinstance(text, str) and self.args.on_bad_row == "error":
+                raise DataError(
+                    f"row {number}: formatting_func gave a {type(text).__name__}: it is to give one text for one row."
+                )
+            return {"text": text if isinstance(text, str) else None}
 
         if hasattr(rows, "__len__"):
-            return [text_of(row) for row in rows]
-        return rows.map(text_of, remove_columns=list(next(iter(rows), ())))
+            return [text_of(row, number) for number, row in enumerate(rows)]
+        return rows.map(text_of, with_indices=True, remove_columns=list(next(iter(rows), ())))
 
-    def tokenising(self, kind: Kind, rows: Any) -> dict[str, Any]:
+    def tokenising(self, kind: Kind, rows: Any, *, packed: bool) -> dict[str, Any]:
         """What the tokeniser is told for rows of this kind."""
-        args: SFTConfig = self.args
+        args = self.args
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset") and kind != Kind.TOKENS:
             raise UserError(f"skip_prepare_dataset: the rows are not tokenised: they are {kind}. Give input_ids.")
         told: dict[str, Any] = {"loss_on": self._loss_on(kind, rows)}
-        if args.packing and args.packing_strategy != "bfd":
+        if packed and args.packing_strategy != "bfd":
             told["max_length"] = None  # long documents go on in another row
         return told
 
     def _loss_on(self, kind: Kind, rows: Any) -> str:
-        args: SFTConfig = self.args
-        completion = args.completion_only_loss
-        if completion is None:
-            completion = kind == Kind.PROMPT_COMPLETION or (
-                kind == Kind.TOKENS and not args.assistant_only_loss and _has_column(rows, "completion_mask")
-            )
-        elif completion and kind not in (Kind.PROMPT_COMPLETION, Kind.TOKENS):
+        completion, tokens = self.args.completion_only_loss, kind == Kind.TOKENS
+        if completion and kind not in (Kind.PROMPT_COMPLETION, Kind.TOKENS):
             raise UserError(
                 f"completion_only_loss needs rows with prompt and completion; these are {kind}. For rows of messages "
                 "use assistant_only_loss."
             )
-        if completion:
-            return "completion"
-        if args.assistant_only_loss and kind == Kind.LANGUAGE_MODELING:
-            raise UserError("assistant_only_loss needs rows of messages; these are plain text.")
-        return "assistant" if args.assistant_only_loss else "all"
+        if self.args.assistant_only_loss or (tokens and _has_column(rows, "assistant_masks")):
+            if kind == Kind.LANGUAGE_MODELING:
+                raise UserError("assistant_only_loss needs rows of messages; these are plain text.")
+            if completion is False and kind == Kind.PROMPT_COMPLETION:
+                raise UserError(
+                    "assistant_only_loss without completion_only_loss: what the assistant says in a prompt is not "
+                    "learnt. Give rows of messages, or leave completion_only_loss unset."
+                )
+            return "assistant"
+        if completion is None:
+            completion = kind == Kind.PROMPT_COMPLETION or (tokens and _has_column(rows, "completion_mask"))
+        return "completion" if completion else "all"
 
 
 def _has_column(rows: Any, name: str) -> bool:

@@ -14,15 +14,21 @@ class SFTOptions(TextOptions):
     """Supervised fine-tuning."""
 
     learning_rate: float = option(2e-5, "Peak learning rate of AdamW.")
-    loss_type: Literal["nll", "dft"] = option(
-        "nll", "Objective: negative log-likelihood, or dynamic fine-tuning (arXiv:2508.05629)."
+    loss_type: Literal["nll", "dft", "chunked_nll"] = option(
+        "nll",
+        "Objective: negative log-likelihood, or dynamic fine-tuning (arXiv:2508.05629). chunked_nll: nll, which never "
+        "makes whole logits here.",
     )
     completion_only_loss: bool | None = option(
         None,
         "Learn the completion alone, in rows of prompt and completion. Unset: yes; in tokenised rows, where they have "
         "a completion_mask.",
     )
-    assistant_only_loss: bool = option(False, "Learn the assistant's turns alone, in rows of messages.")
+    assistant_only_loss: bool = option(
+        False,
+        "Learn the assistant's turns alone: of messages all, of prompt and completion those of the completion. "
+        "Tokenised rows with assistant_masks are learnt so in any case.",
+    )
     dataset_text_field: str = option("text", "Column of plain text.")
     dataset_kwargs: dict[str, Any] | None = option(
         None, 'As JSON: {"skip_prepare_dataset": true} says that the rows are tokenised (input_ids). Nothing else.'

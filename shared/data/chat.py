@@ -2,8 +2,8 @@
 
 What the assistant says is found in one of three ways: by the template's own `{% generation %}` marks; by the strings
 that the template writes before and after every assistant turn, learnt once from a made-up chat and matched against the
-row's own contents; by rendering the chat up to the turn, which must be how the whole chat begins. A row where none
-holds is an error: nothing is ever masked by guesswork.
+row's own contents; by rendering the chat with something else said in that turn, or up to the turn: the text before it
+and behind it must stay what it is. A row where none holds is an error: nothing is ever masked by guesswork.
 
 Deliberately not here: tokens and images. A collator shifts the characters to where its processor moves them.
 """
@@ -20,12 +20,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shared.data.schema import Conversation
+from shared.data.template_inputs import row_tools, row_variables
 from shared.errors import DataError, UserError
 
 LOSS_ON = ("assistant", "completion", "all")
 
 Span = tuple[int, int]
 
+_KNOWN_ROLES = ("system", "user", "assistant", "tool")
+_SAID = "Azj0"  # what nobody says
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -73,8 +76,8 @@ def render(
     if loss_on not in LOSS_ON:
         raise UserError(f"loss_on is {loss_on!r}, allowed: {', '.join(LOSS_ON)}")
     extras = conversation.extras
-    variables = {**(template_kwargs or {}), **(extras.get("chat_template_kwargs") or {})}
-    chat = _Chat(_template(owner, variables), conversation, extras.get("tools"))
+    variables = {**(template_kwargs or {}), **row_variables(extras.get("chat_template_kwargs"), conversation.row)}
+    chat = _Chat(_template(owner, variables), conversation, row_tools(extras.get("tools"), conversation.row))
     if add_generation_prompt:
         return Rendered(chat.write(generation=True), [])
     return chat.learnt(loss_on)
@@ -221,22 +224,40 @@ class _Chat:
     def write(self, stop: int | None = None, *, generation: bool = False) -> str:
         return self._write(stop, generation=generation)[0]
 
-    def _write(self, stop: int | None = None, **options: Any) -> tuple[str, list[Span]]:
+    def _write(
+        self, stop: int | None = None, *, exchange: int | None = None, **options: Any
+    ) -> tuple[str, list[Span]]:
+        """The text up to message `stop`; with `exchange`, that message of the assistant says `_SAID` alone."""
         from jinja2 import TemplateError
 
+        messages = self.messages[:stop]
+        if exchange is not None:
+            messages[exchange] = {"role": "assistant", "content": [{"type": "text", "text": _SAID}]}
         try:
-            return self.template.write(self.messages[:stop], tools=self.tools, **options)
-        except (TemplateError, TypeError) as error:
+            text, spans = self.template.write(messages, tools=self.tools, **options)
+        except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"row {self.row}: the chat template refuses the conversation: {error}") from error
+        for at, message in enumerate(messages):
+            # Many templates pass over a role that they do not know.
+            if message["role"] not in _KNOWN_ROLES and self.template.flat(message).strip() not in text:
+                raise DataError(
+                    f"row {self.row}: the chat template leaves out message {at}, of role {message['role']!r}. Use a "
+                    "role that it writes (system, user), or another template."
+                )
+        return text, spans
+
+    def _finished(self, text: str) -> str:
+        """The text with an end to its last answer, where the template gives it none."""
+        if self.template.closing and self.messages[-1]["role"] == "assistant":
+            return text.rstrip() + self.template.closing
+        return text
 
     def learnt(self, loss_on: str) -> Rendered:
         marks = loss_on == "assistant" and self.template.marked
         text, marked = self._write(marks=marks)
-        text_end = text.rstrip()
         closed = bool(self.template.closing) and self.messages[-1]["role"] == "assistant"
-        if closed:
-            text = text_end = text_end + self.template.closing
-        end = len(text_end)
+        text = self._finished(text)
+        end = len(text.rstrip())
         if loss_on == "all":
             return Rendered(text, [(0, len(text))])
         if loss_on == "completion":
@@ -306,7 +327,7 @@ class _Chat:
             span = None
             if by_header:
                 span = self._match(text, turn, starts[self.assistant.index(turn)] + len(header))
-            spans.append(span or self._between_prefixes(text, turn))
+            spans.append(span or self._exchanged(text, turn) or self._between_prefixes(text, turn))
         return spans
 
     def _match(self, text: str, turn: int, position: int) -> Span | None:
@@ -327,6 +348,29 @@ class _Chat:
                         if text.startswith(footer, end):
                             return position, end + len(footer)
         return None
+
+    def _exchanged(self, text: str, turn: int) -> Span | None:
+        """The turn's span where the template writes all before and behind it alike, whatever is said in it."""
+        template = self.template
+        try:
+            other = self._finished(self._write(exchange=turn)[0])
+        except DataError:  # an answer of a tool, for one, has to follow a call
+            return None
+        if not template.header or other.count(_SAID) != 1:
+            return None
+        said, last = other.index(_SAID), turn == len(self.messages) - 1
+        behind = other[said + len(_SAID) :]
+        heads = [
+            other[: said - len(lead)] for lead in template.leads if other.endswith(template.header + lead, 0, said)
+        ]
+        footers = (template.last_footer, template.footer) if last else (template.footer,)
+        footer = next((footer for footer in footers if behind.startswith(footer)), None)
+        start, stop = len(heads[0]) if heads else 0, len(text) - len(behind)
+        if footer is None or not heads or stop < start or not (text.startswith(heads[0]) and text.endswith(behind)):
+            return None
+        if footer and text.count(footer, start, stop) > template.flat(self.messages[turn]).count(footer):
+            return None  # more than one turn is written for this message
+        return start, stop + len(footer)
 
     def _between_prefixes(self, text: str, turn: int) -> Span:
         start = self.write(turn, generation=True) if turn else ""

@@ -30,7 +30,7 @@ from shared.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the tokens in a cache: raised when the same rows come to be tokenised otherwise
+FORMAT = 2  # of the tokens in a cache: raised when the same rows come to be tokenised otherwise
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Asked:
     Attributes:
         prompt_text: what the model is given, as text.
         prompt_ids: its tokens.
-        answer: the answer in the data; None where there is none to tell apart, as in plain text.
+        answer: the answer in the data as the model that learnt it says it, decoded without special tokens; None where
+            there is none to tell apart, as in plain text.
     """
 
     prompt_text: str
@@ -79,7 +80,8 @@ class Tokeniser:
     Args:
         tokenizer: a fast tokenizer (one that gives character offsets).
         kind: what the rows are.
-        loss_on: what is learnt in supervised rows: `all`, `completion` or `assistant`.
+        loss_on: what is learnt in supervised rows: `all`, `completion` or `assistant`. Of rows of messages among
+            prompts with completions, `completion` is what the assistant says.
         max_length: longer rows are cut, or, where nothing of what is learnt is left, bad.
         max_prompt_length: longer prompts lose their start.
         max_completion_length: longer answers lose their end.
@@ -133,6 +135,7 @@ class Tokeniser:
         self.eos: int | None = tokenizer.eos_token_id
         self._ends = {self.eos, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         self._lead = _leading(tokenizer)
+        self._blank: dict[int, bool] = {}  # token -> whether it is white space alone
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -181,8 +184,12 @@ class Tokeniser:
                 row[NOTE] = "cut from {} tokens to {}".format(*batch.cut[row[ROW]])
         return found
 
-    def ask(self, row: dict[str, Any]) -> Asked:
+    def ask(self, row: dict[str, Any], room: int | None = None) -> Asked:
         """The row up to the answer that the model is to give; of plain text its first half.
+
+        Args:
+            row: as it is in the data set.
+            room: the most tokens of the prompt. It loses its start beyond that, `max_prompt_length` or `max_length`.
 
         Raises:
             DataError: the row cannot be read.
@@ -195,13 +202,17 @@ class Tokeniser:
             record = batch.records[0]
             ids, learnt = record["input_ids"], record["learnt"]
             at = len(ids) // 2 if self.kind is Kind.LANGUAGE_MODELING else max(1, learnt.find(1))
-            answer = None if self.kind is Kind.LANGUAGE_MODELING else self.tokenizer.decode(ids[at:])
-            return Asked(self.tokenizer.decode(ids[:at]), ids[:at], answer)
-        text, answer = self.writer.ask(row, number)
-        ((ids, _),) = self._tokens([text])
-        if self.limits.max_prompt_length is not None:
-            ids = ids[-self.limits.max_prompt_length :]
-        return Asked(text.text, ids, answer)
+            end = learnt.find(0, at)
+            said = None if self.kind is Kind.LANGUAGE_MODELING else ids[at : end if end > 0 else None]
+            prompt, ids = self.tokenizer.decode(ids[:at]), ids[:at]
+        else:
+            text, answer = self.writer.ask(row, number)
+            ((ids, _), (said, _)) = self._tokens([text, Text(answer, None, plain=False, ends=False)])
+            prompt = text.text
+        limits = (room, self.limits.max_prompt_length, self.limits.max_length)
+        most = min([len(ids), *(limit for limit in limits if limit is not None)])
+        answer = None if said is None else self.tokenizer.decode(said, skip_special_tokens=True)
+        return Asked(prompt, ids[len(ids) - most :], answer)
 
     def encode(self, rows: Sequence[dict[str, Any]], numbers: Sequence[int] | None = None) -> Batch:
         """Tokenise rows; what cannot be used is told in the batch and never raised."""
@@ -215,7 +226,7 @@ class Tokeniser:
         for row, number in zip(rows, numbers, strict=True):
             try:
                 if self.kind is Kind.TOKENS:
-                    check_tokens(row, number, self.writer.loss_on)
+                    check_tokens(row, number, self.writer.loss_on, self._vocabulary)
                     written.append((row, number, []))
                 else:
                     written.append((row, number, self.writer.write(row, number)))
@@ -255,7 +266,7 @@ class Tokeniser:
                 shift = len(self._lead)
                 ids = self._lead + ids
                 ranges = [(first + shift * (text.spans is not None), last + shift) for first, last in ranges]
-            if text.ends and self.eos is not None and ids[-1:] != [self.eos]:
+            if text.ends and self.eos is not None and self._last_said(ids) != self.eos:
                 ids.append(self.eos)
                 ranges[-1] = (ranges[-1][0], len(ids))
             found.append((ids, ranges))
@@ -279,11 +290,25 @@ class Tokeniser:
         if self.kind is Kind.STEPWISE:
             return False
         if "learnt" in record:
-            last = record["learnt"].rfind(1) + 1
-            # a template may write a line break after the end of the last turn
-            return self._ends.isdisjoint(record["input_ids"][max(0, last - 2) : last])
+            return self._last_said(record["input_ids"], record["learnt"].rfind(1) + 1) not in self._ends
         answers = (record[name] for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in record)
-        return any(answer[-1] not in self._ends for answer in answers)
+        return any(self._last_said(answer) not in self._ends for answer in answers)
+
+    def _last_said(self, ids: Sequence[int], stop: int | None = None) -> int | None:
+        """The last token that is not of white space alone, as a template may write behind the end of a turn."""
+        return next(
+            (token for token in reversed(ids[:stop]) if token in self._ends or not self._is_blank(token)), None
+        )
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not self.tokenizer.decode([token]).strip()
+        return self._blank[token]
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        """One more than the highest token number."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
 
 def _leading(tokenizer: Any) -> list[int]:

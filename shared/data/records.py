@@ -9,6 +9,7 @@ from typing import Any
 from shared.data.chat import Span
 from shared.data.cutting import Limits
 from shared.data.schema import Kind
+from shared.data.text_checks import listed
 from shared.errors import DataError
 
 Tokens = tuple[list[int], list[Span]]  # of one text, and the ranges `[first, last)` of those that count
@@ -99,12 +100,14 @@ def steps_row(
 
 def given_tokens(row: Mapping[str, Any], loss_on: str) -> Tokens:
     """The tokens of a row that is tokenised already, and the ranges of those that are learnt."""
-    ids = list(row["input_ids"])
+    ids = list(listed(row["input_ids"]))
     name = {"completion": "completion_mask", "assistant": "assistant_masks"}.get(loss_on)
     if row.get("labels") is not None:
-        counted = [label != -100 for label in row["labels"]]
+        counted = [label != -100 for label in listed(row["labels"])]
     else:
-        counted = [bool(value) for value in row[name]] if name else [True] * len(ids)
+        counted = [bool(value) for value in listed(row[name])] if name else [True] * len(ids)
+        if loss_on == "assistant" and row.get("completion_mask") is not None:  # of the completion's turns alone
+            counted = [a and bool(b) for a, b in zip(counted, listed(row["completion_mask"]), strict=True)]
     before, after = [False, *counted], [*counted, False]
     edges = [at for at, (was, now) in enumerate(zip(before, after, strict=True)) if was != now]
     return ids, list(zip(edges[::2], edges[1::2], strict=True))

@@ -34,6 +34,7 @@ __all__ = [
     "Conversation",
     "Kind",
     "check_rows",
+    "column_names",
     "decode_image",
     "detect_kind",
     "require",
@@ -70,6 +71,14 @@ _COLUMNS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     (Kind.PROMPT_ONLY, ("prompt",)),
 )
 _CHATS = (Kind.MESSAGES, Kind.PROMPT_COMPLETION, Kind.PROMPT_ONLY)
+
+
+def column_names(rows: Any) -> list[str]:
+    """The columns of a data set; of a list of dicts all that its rows have, of a bare stream the first's."""
+    known = getattr(rows, "column_names", None)
+    if known is not None:
+        return list(known)
+    return list(dict.fromkeys(name for row in (rows if hasattr(rows, "__len__") else islice(rows, 1)) for name in row))
 
 
 def detect_kind(
@@ -128,10 +137,11 @@ def to_conversation(row: Mapping[str, Any], index: int, kind: Kind) -> Conversat
     Raises:
         DataError: `row N: ...`, with the path of what is wrong and what is expected there.
     """
-    if kind is Kind.PROMPT_COMPLETION and row.get("prompt") is None and row.get("messages") is not None:
+    chat = "conversations" if row.get("messages") is None and row.get("conversations") is not None else "messages"
+    if kind is Kind.PROMPT_COMPLETION and row.get("prompt") is None and row.get(chat) is not None:
         kind = Kind.MESSAGES  # a row of a mixture of both kinds
     if kind is Kind.MESSAGES:
-        return read_conversation(row, index, None, "messages" if row.get("messages") is not None else "conversations")
+        return read_conversation(row, index, None, chat)
     if kind is Kind.PROMPT_COMPLETION:
         return read_conversation(row, index, "prompt", "completion")
     if kind is Kind.PROMPT_ONLY:

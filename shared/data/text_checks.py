@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from shared.data.conversation import Conversation, media, read_conversation, type_name
@@ -64,21 +65,37 @@ def is_truth(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1))
 
 
-def check_tokens(row: Mapping[str, Any], index: int, loss_on: str = "all") -> None:
-    """Raise DataError where a tokenised row's `input_ids`, `labels` or masks cannot be used."""
+def check_tokens(row: Mapping[str, Any], index: int, loss_on: str = "all", vocabulary: int = 2**31) -> None:
+    """Raise DataError where a tokenised row's `input_ids`, `labels` or masks cannot be used.
+
+    Args:
+        row: with lists or arrays of numbers.
+        index: the row's number, for errors.
+        loss_on: what is learnt, which decides the mask that is needed.
+        vocabulary: how many token numbers there are.
+    """
     ids = row.get("input_ids")
     if not hasattr(ids, "__len__") or isinstance(ids, str) or not len(ids):
         found = "empty" if hasattr(ids, "__len__") and not isinstance(ids, str) else type_name(ids)
         raise DataError(f"row {index}: input_ids is {found}, expected a list of token numbers")
-    if any(isinstance(token, (bool, str, float)) or token is None or token < 0 for token in ids):
+    if any(isinstance(token, bool) or not isinstance(token, Integral) or token < 0 for token in listed(ids)):
         raise DataError(f"row {index}: input_ids holds something that is no token number")
+    if max(listed(ids)) >= vocabulary:
+        raise DataError(
+            f"row {index}: input_ids holds {max(listed(ids))}, but the tokenizer's numbers end at {vocabulary - 1}: "
+            "the rows were made with another tokenizer"
+        )
     for name in ("labels", "completion_mask", "assistant_masks"):
         values = row.get(name)
-        if values is not None and len(values) != len(ids):
+        if values is None:
+            continue
+        if not hasattr(values, "__len__") or isinstance(values, (str, Mapping)):
+            raise DataError(f"row {index}: {name} is {type_name(values)}, expected a list, as long as input_ids")
+        if len(values) != len(ids):
             raise DataError(f"row {index}: {name} has {len(values)} values, input_ids {len(ids)}: expected as many")
     labels = row.get("labels")
     if labels is not None:
-        if any(label not in (token, -100) for label, token in zip(labels, ids, strict=True)):
+        if any(label not in (token, -100) for label, token in zip(listed(labels), listed(ids), strict=True)):
             raise DataError(
                 f"row {index}: labels differ from input_ids elsewhere than where they are -100; they are to be those "
                 "of the tokens themselves, not shifted"
@@ -87,6 +104,11 @@ def check_tokens(row: Mapping[str, Any], index: int, loss_on: str = "all") -> No
     needed = {"completion": "completion_mask", "assistant": "assistant_masks"}.get(loss_on)
     if needed and row.get(needed) is None:
         raise DataError(f"row {index}: the loss is on the {loss_on}, but the row has neither labels nor {needed}")
+
+
+def listed(values: Any) -> Any:
+    """The values of an array as Python's own."""
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 class Census:

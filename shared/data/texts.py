@@ -7,7 +7,6 @@ Deliberately not here: tokens (tokenise.py), templates and what they do around a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from shared.data.chat import LOSS_ON, Span, render
 from shared.data.conversation import Conversation, read_conversation
 from shared.data.pairs import split_pair
 from shared.data.schema import Kind, to_conversation
+from shared.data.template_inputs import without_nones
 from shared.errors import DataError, UserError
 
 SUPERVISED = (Kind.LANGUAGE_MODELING, Kind.MESSAGES, Kind.PROMPT_COMPLETION, Kind.TOKENS)
@@ -100,10 +100,13 @@ class Writer:
             return [_joined(prompt, answer, number, "completion", whole=whole)]
         if self.kind is Kind.UNPAIRED:
             return [self._rendered(read_conversation(row, number, "prompt", "completion"), "completion")]
-        return [self._rendered(to_conversation(row, number, self.kind), self.loss_on)]
+        conversation = to_conversation(row, number, self.kind)
+        # In a mixture with prompts and completions, what a row of messages completes is what the assistant says.
+        whole_chat = self.loss_on == "completion" and conversation.prompt_messages is None
+        return [self._rendered(conversation, "assistant" if whole_chat else self.loss_on)]
 
     def ask(self, row: Mapping[str, Any], number: int) -> tuple[Text, str]:
-        """The row up to the answer that a model is to give, and that answer.
+        """The row up to the answer that a model is to give, and that answer as the model would write it.
 
         Raises:
             DataError: `row N: ...`.
@@ -122,13 +125,34 @@ class Writer:
             conversation = to_conversation(row, number, self.kind)
         else:
             conversation = read_conversation(row, number, "prompt", name)
+        spoken = [at for at, turn in enumerate(conversation.messages) if turn["role"] == "assistant"]
         count = conversation.prompt_messages
         if count is None:
-            count = max(at for at, turn in enumerate(conversation.messages) if turn["role"] == "assistant")
-        said = next((turn for turn in conversation.messages[count:] if turn["role"] == "assistant"), {"content": ()})
+            count = spoken[-1]
         asked = Conversation(conversation.messages[:count], extras=conversation.extras, row=number)
         text = self._render(asked, add_generation_prompt=True).text
-        return Text(text, None, plain=False, ends=False), "".join(part.get("text", "") for part in said["content"])
+        turn = next((at for at in spoken if at >= count), None)
+        answer = "" if turn is None else self._answer(conversation, turn, text)
+        return Text(text, None, plain=False, ends=False), answer
+
+    def _answer(self, conversation: Conversation, turn: int, asked: str) -> str:
+        """What the template writes for one turn of the assistant, behind what the model is asked."""
+        # A template may lead an answer with empty thoughts, write calls of tools, or drop earlier thoughts.
+        until = Conversation(
+            conversation.messages[: turn + 1],
+            prompt_messages=conversation.prompt_messages,
+            extras=conversation.extras,
+            row=conversation.row,
+        )
+        try:
+            whole = self._render(until, loss_on="all").text.rstrip()
+            if whole.startswith(asked):
+                return whole[len(asked) :]
+            rendered = self._render(until, loss_on="assistant")
+        except DataError:  # it cannot be told from the template: then as the row has it
+            return "".join(part.get("text", "") for part in conversation.messages[turn]["content"])
+        start, end = rendered.spans[-1]
+        return rendered.text[start:end]
 
     def _pair(self, row: Mapping[str, Any], number: int) -> list[Text]:
         prompt, chosen, rejected = split_pair(row, number)
@@ -158,12 +182,9 @@ class Writer:
         return Text(rendered.text, None if loss_on == "all" else rendered.spans, plain=False, ends=False)
 
     def _render(self, conversation: Conversation, **options: Any):
-        extras = conversation.extras
-        if extras.get("tools") is not None:
-            conversation.extras = {**extras, "tools": _tools(extras["tools"], conversation.row)}
         for message in conversation.messages:
             if "tool_calls" in message:
-                message["tool_calls"] = _without_nones(message["tool_calls"])
+                message["tool_calls"] = without_nones(message["tool_calls"])
         return render(self.tokenizer, conversation, template_kwargs=self.template_kwargs, **options)
 
 
@@ -179,21 +200,3 @@ def _text_only(conversation: Conversation) -> Conversation:
         shown = "an image" if conversation.images else "a video"
         raise DataError(f"row {conversation.row}: has {shown}, but this trainer takes text; use the vision trainer")
     return conversation
-
-
-def _tools(tools: Any, number: int) -> list | None:
-    """The functions that a row offers, without the empty places that a data set's columns give them."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
-            raise DataError(f"row {number}: tools is no JSON: {error}") from error
-    return _without_nones(tools) or None
-
-
-def _without_nones(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _without_nones(item) for name, item in value.items() if item is not None}
-    if isinstance(value, (list, tuple)):
-        return [_without_nones(item) for item in value]
-    return value

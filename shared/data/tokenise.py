@@ -5,6 +5,7 @@ How one row becomes tokens stands in encoding.py.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,6 +98,7 @@ def tokenise(
             `TOKENIZERS_PARALLELISM` allows it; processes help where much time goes into chat templates.
         what: the name of the data, for errors.
         cache: look for the tokens on disk, and keep them there; processes of one machine wait for the first of them.
+            Rows with values that cannot be told apart for certain (any Python object) are tokenised anew each time.
 
     Raises:
         DataError: bad rows with `on_bad_row="error"`, or no row that can be used.
@@ -104,25 +107,42 @@ def tokenise(
     if num_proc is not None and num_proc < 1:
         raise UserError(f"num_proc is {num_proc}; allowed: 1 or more.")
     rows = _narrowed(rows if isinstance(rows, Rows) else Rows(rows), tokeniser.columns)
-    if not cache:
+    known = data_fingerprint(rows, tokeniser.columns) if cache else None
+    if known is None:
         return _made(rows, tokeniser, num_proc, what)
-    path = cache_folder() / table_key(tokeniser.key, data_fingerprint(rows))
+    path = cache_folder() / table_key(tokeniser.key, known)
+    found = _kept(path)
+    if found is not None:
+        return found
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except OSError as error:
+            _warn(path, error)
+            return _made(rows, tokeniser, num_proc, what)
+        found = _kept(path)
+        if found is not None:
+            return found
+        table, summary = _made(rows, tokeniser, num_proc, what)
+        try:
+            save_table(path, table, {**asdict(summary), "rows_per_second": None})
+        except OSError as error:
+            _warn(path, error)
+        mapped = load_table(path)
+        return (mapped[0] if mapped else table), summary
+
+
+def _kept(path: Path) -> tuple[TokenTable, TokenSummary] | None:
+    """The tokens in the cache, with what tokenising did; None where there are none."""
     found = load_table(path)
     if found is None:
-        try:
-            with locked(path):
-                found = load_table(path)
-                if found is None:
-                    table, summary = _made(rows, tokeniser, num_proc, what)
-                    save_table(path, table, {**asdict(summary), "rows_per_second": None})
-                    found = load_table(path)
-                    return (found[0] if found else table), summary
-        except OSError as error:
-            logger.warning("Tokens are not kept: %s cannot be written to (%s).", path.parent, error)
-            return _made(rows, tokeniser, num_proc, what)
+        return None
     table, notes = found
-    left_out = {int(row): why for row, why in notes.pop("left_out").items()}
-    return table, TokenSummary(**notes, left_out=left_out)
+    return table, TokenSummary(**{**notes, "left_out": {int(row): why for row, why in notes["left_out"].items()}})
+
+
+def _warn(path: Path, error: OSError) -> None:
+    logger.warning("Tokens are not kept: %s cannot be written to (%s).", path.parent, error)
 
 
 def tokenise_stream(stream: Any, tokeniser: Tokeniser, *, batch_size: int = 256) -> Any:

@@ -43,6 +43,20 @@ class Isolation(StrEnum):
     BLOCK_MASK = "block mask"
 
 
+def refuse_learnt_prompt(adapter: Any, option: str) -> None:
+    """Raise UserError where an adapter puts learnt tokens before each row: the documents in it get none.
+
+    Args:
+        adapter: a PEFT configuration, or None.
+        option: what was asked for, for the message.
+    """
+    if getattr(adapter, "is_prompt_learning", False):
+        raise UserError(
+            f"{option}: {type(adapter).__name__} puts learnt tokens before a row, not before each document in it. "
+            f"Leave {option} out, or train another kind of adapter (LoRA)."
+        )
+
+
 def refuse_running_state(model: nn.Module, option: str) -> None:
     """Raise UserError where a model's layers carry a state from token to token, which no mask stops.
 
@@ -104,6 +118,7 @@ class PackedPolicy(TokenPolicy):
     """
 
     def __init__(self, model: nn.Module, *, option: str = "packing", **options: Any):
+        refuse_learnt_prompt(getattr(model, "active_peft_config", None), option)
         refuse_running_state(model, option)
         super().__init__(model, **options)
         self.option = option

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ from shared.runtime.arguments import ModelArguments
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 
@@ -64,6 +68,42 @@ def _with_targets(config: Any, model: PreTrainedModel) -> Any:
     return config
 
 
+def training_tokens(config: Any, model: PreTrainedModel, ids: Sequence[int]) -> Any:
+    """An adapter's configuration that also trains what the model has of some tokens, in its embeddings and its head.
+
+    Args:
+        config: a PEFT configuration, the path of an adapter to go on with, or None.
+        model: the base model.
+        ids: tokens that the base model was not trained on.
+
+    Returns:
+        A copy of a LoRA configuration; anything else as it is, with a warning that these tokens are not learnt.
+    """
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        logger.warning(
+            "The adapter does not say whether it trains the embeddings of %d new tokens (%s). Where it does not, they "
+            "stay as they were drawn: use a LoraConfig, or train the whole model.",
+            len(ids),
+            ", ".join(map(str, ids)),
+        )
+        return config
+    config = copy.copy(config)
+    named = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    places = [model.get_input_embeddings(), model.get_output_embeddings()]
+    known = config.trainable_token_indices or {}
+    if not isinstance(known, dict):
+        known = {named[id(places[0])]: known}
+    whole = set(config.modules_to_save or ())
+    if not isinstance(config.target_modules, str):
+        whole |= set(config.target_modules or ())
+    names = [named[id(place)] for place in places if place is not None]
+    wanted = {name: sorted({*known.get(name, ()), *ids}) for name in names if name not in whole}
+    config.trainable_token_indices = {**known, **wanted} or None
+    return config
+
+
 def attach_adapter(
     model: PreTrainedModel, config: Any = None, path: str | None = None, *, checkpointing: bool = False
 ) -> Any:
@@ -79,7 +119,7 @@ def attach_adapter(
         The PEFT model, with the adapter's weights in float32 and trainable; the model itself where neither is given.
 
     Raises:
-        UserError: the adapter's targets match no module, or the folder holds no adapter.
+        UserError: the adapter's targets match no module, the folder holds no adapter, or it is no configuration.
     """
     for module in model.modules():
         # bitsandbytes re-packs 4-bit weights on the processor at the first evaluation, and cannot train them then
@@ -87,6 +127,13 @@ def attach_adapter(
             module.support_avx512bf16_for_cpu = False
     if config is None and path is None:
         return model
+    from peft import PeftConfig
+
+    if config is not None and not isinstance(config, PeftConfig):
+        raise UserError(
+            f"peft_config is a {type(config).__name__}: give a PEFT configuration such as peft.LoraConfig(r=16), or "
+            "the folder or hub id of an adapter to go on with."
+        )
     if hasattr(model, "peft_config"):
         raise UserError("The model has an adapter already: leave peft_config out to train it, or give the base model.")
     import torch

@@ -25,6 +25,9 @@ HEADS = {
 }
 
 
+POSITIONS = re.compile(r"pos|wpe")  # in the names of tables with a vector for each position
+
+
 def model_init_kwargs(args: ModelArguments) -> dict[str, Any]:
     """What `load_model` takes besides the name, from the options."""
     kwargs: dict[str, Any] = {
@@ -82,6 +85,31 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         raise UserError(_cannot_load("model", name, error)) from error
 
 
+def position_limit(config: Any) -> int | None:
+    """The most tokens that a row may have, where a model's positions are a table; None where they are computed.
+
+    Args:
+        config: a transformers configuration.
+    """
+    text = config.get_text_config()
+    size = getattr(text, "max_position_embeddings", None) or 0
+    if size < 1 or getattr(text, "rope_parameters", None):
+        return None
+    import torch
+    from transformers import MODEL_MAPPING
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    # ZeRO-3 cuts layers up as they are made, also such as are made to be looked at
+    if type(text) not in MODEL_MAPPING or is_deepspeed_zero3_enabled():
+        return None
+    with torch.device("meta"):  # only the model itself tells: some have a number, and no positions at all
+        model = MODEL_MAPPING[type(text)](text)
+    tables = {name: module.weight for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
+    tables |= dict(model.named_buffers())
+    sizes = {len(table) for name, table in tables.items() if POSITIONS.search(name) and table.dim() == 2}
+    return size if sizes & set(range(size, size + 4)) else None  # some leave the first places of the table free
+
+
 def load_processor(name: str, *, revision: str | None = None, trust_remote_code: bool = False, **options: Any):
     """A model's processor (or tokenizer), as AutoProcessor finds it.
 
@@ -131,7 +159,8 @@ def load_model(
         options: anything else that `from_pretrained` takes, such as `num_labels`.
 
     Raises:
-        UserError: unknown id, no network, a model without such a head, an attention that is not installed.
+        UserError: unknown id, no network, a model without such a head, an attention that is not installed, options
+            that the model does not take.
     """
     import torch
     import transformers
@@ -155,12 +184,15 @@ def load_model(
             options.setdefault("device_map", {"": _device()})
     require_available(name, file="config.json", what="model", revision=revision)
     try:
-        model = auto.from_pretrained(
+        return auto.from_pretrained(
             name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(_cannot_load("model", name, error)) from error
-    return model
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UserError(f"model_init_kwargs: the model's class does not take all of them ({error}).") from error
 
 
 def _device() -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +26,7 @@ from shared.runtime.launch import (
     prepare_cpu,
     shard_on_cpu,
 )
+from shared.runtime.options import BadValue, Option, choices, class_options, describe
 
 # the least value of options that are numbers
 LEAST = {
@@ -47,6 +50,18 @@ FOLLOWED = {
     "include_num_input_tokens_seen": ("no", False),
     "train_sampling_strategy": ("random", "sequential"),
     "use_liger_kernel": (False,),
+    "include_for_metrics": ([],),
+    "label_names": (None, [], ["labels"]),
+}
+# what an option's value may be, besides the values that its type names
+TYPES: dict[type, tuple[type, ...]] = {
+    bool: (bool,),
+    int: (Integral,),
+    float: (Real,),
+    str: (str, os.PathLike),
+    list: (list, tuple),
+    dict: (Mapping,),
+    type(None): (type(None),),
 }
 
 
@@ -89,8 +104,12 @@ class AlignConfig(AlignOptions, TrainingArguments):
             self._agree_on_output_dir()
 
     def _check_options(self) -> None:
+        own = next(base for base in type(self).__mro__ if _is_own(base))
+        for name, each in class_options(own).items():
+            setattr(self, name, _fitted(each, getattr(self, name)))
         for name, least in LEAST.items():
-            if (value := getattr(self, name, None)) is not None and value < least:
+            value = getattr(self, name, None)
+            if isinstance(value, Real) and value < least:
                 raise UserError(f"{name} {value}: must be at least {least}.")
         for name, followed in self.followed.items():
             if (value := getattr(self, name)) not in followed:
@@ -157,3 +176,28 @@ class AlignConfig(AlignOptions, TrainingArguments):
         from accelerate.utils import broadcast_object_list
 
         self.output_dir = broadcast_object_list([self.output_dir])[0]
+
+
+def _is_own(group: type) -> bool:
+    """Whether a class declares options of the suite, and none of transformers'."""
+    return issubclass(group, AlignOptions) and not issubclass(group, TrainingArguments)
+
+
+def _fitted(option: Option, value: Any) -> Any:
+    """The value of an option that is set in Python: words are read as on the command line, the rest must fit.
+
+    Raises:
+        UserError: it does not fit the option's type.
+    """
+    if not option.is_writable or value in choices(option.kinds):
+        return value
+    if isinstance(value, str) and str not in option.kinds:
+        try:
+            return option.convert(value)
+        except BadValue as error:
+            raise UserError(f"{option.name} {value!r}: {error}.") from error
+    if int in option.kinds and isinstance(value, float) and value.is_integer() and float not in option.kinds:
+        return int(value)
+    if not isinstance(value, tuple(kind for each in option.kinds for kind in TYPES.get(each, ()))):
+        raise UserError(f"{option.name} {value!r}: must be {describe(option.kinds)}.")
+    return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,15 +21,30 @@ from shared.data.rows import Rows
 from shared.errors import UserError
 from shared.objectives.supervised import supervised_loss
 from shared.policies.base import GroupedBatch
+from shared.policies.prefix import evaluating
 from shared.policies.token import TokenPolicy
 from shared.runtime.fsdp import reshard
 from shared.trainers.base import AlignTrainer
 from shared.trainers.keeping import preserved_randomness
-from shared.trainers.sampling import LengthGrouped
+from shared.trainers.sampling import Filled, TrainingOrder
 
 
 class OfflineTrainer(AlignTrainer):
-    """Base of the trainers whose batches come from a data set; gives each step its denominator."""
+    """Base of the trainers whose batches come from a data set; gives each step its denominator.
+
+    Attributes:
+        read_held_out: held-out rows as a user has them -> rows as the collator takes them.
+
+    Raises:
+        UserError: arguments that older versions of other libraries' trainers take.
+    """
+
+    read_held_out: Callable[[Any], Any] = Rows
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        if "tokenizer" in kwargs:
+            raise UserError(f"{cls.__name__} takes no tokenizer: the argument is called processing_class.")
+        return super().__new__(cls)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimizer step, and how many tokens they count over all processes.
@@ -49,7 +64,7 @@ class OfflineTrainer(AlignTrainer):
         counts = [{"seen": batch.completion_attention.sum(), **self.step_counts(batch)} for batch in batches]
         names = list(counts[0])
         sums = torch.stack([torch.stack([torch.as_tensor(c[name]) for name in names]) for c in counts]).sum(0)
-        rows = sums.new_tensor([sum(batch.rows for batch in batches)])
+        rows = torch.as_tensor(sum(map(_samples, batches)), dtype=sums.dtype, device=sums.device)[None]
         *totals, samples = self.accelerator.reduce(torch.cat([sums, rows]).to(device), "sum")
         seen = dict(zip(names, totals, strict=True))
         self._seen = getattr(self, "_seen", 0) + torch.stack([seen.pop("seen"), samples])
@@ -69,12 +84,24 @@ class OfflineTrainer(AlignTrainer):
             self._totals["tokens"], self._totals["samples"] = self._seen.tolist()
         super()._write_report(status)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """transformers' loader; with several processes the last step is filled up with marked rows."""
+        rows = self.train_dataset
+        if self.args.world_size == 1 or not hasattr(rows, "__len__") or self.args.dataloader_drop_last:
+            return super().get_train_dataloader()
+        self.train_dataset = Filled(rows, self.args.train_batch_size * self.args.world_size)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(rows, "lengths"):
-            return super()._get_train_sampler(train_dataset)
+        if not hasattr(rows, "__len__"):
+            return None
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGrouped(rows.lengths, size, seed=self.args.data_seed)
+        strategy = str(getattr(self.args.train_sampling_strategy, "value", self.args.train_sampling_strategy))
+        return TrainingOrder(rows, strategy, batch_size=size, seed=self.args.data_seed)
 
     def _prepare_inputs(self, inputs: GroupedBatch) -> GroupedBatch:
         return inputs.to(self.args.device, non_blocking=True)
@@ -89,7 +116,7 @@ class OfflineTrainer(AlignTrainer):
         if isinstance(rows, str):
             rows = self.eval_dataset[rows]
         if not hasattr(rows, "share"):
-            rows = Rows(rows)
+            rows = self.read_held_out(rows)
         return DataLoader(
             rows.share(self.args.process_index, self.args.world_size),
             batch_size=self.args.per_device_eval_batch_size,
@@ -97,6 +124,10 @@ class OfflineTrainer(AlignTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """As get_eval_dataloader: `predict` gives the metrics of these rows, and no predictions."""
+        return self.get_eval_dataloader(test_dataset)
 
     def evaluation_loop(
         self,
@@ -108,14 +139,11 @@ class OfflineTrainer(AlignTrainer):
     ) -> EvalLoopOutput:
         """Metrics of the held-out rows, exact over batches and processes: sums are added up, then divided once."""
         sums: dict[str, float] = {}
-        with self._evaluated_model() as model, preserved_randomness(), torch.no_grad():
-            training = model.training
-            model.eval()
+        with self._evaluated_model() as model, preserved_randomness(), evaluating(model), torch.no_grad():
             for batch in dataloader:
                 for name, value in self.evaluation_sums(model, self._prepare_inputs(batch)).items():
                     sums[name] = sums.get(name, 0.0) + value.item()
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            model.train(training)
         names = sorted(sums)
         if self.args.world_size > 1:
             values = torch.tensor([sums[n] for n in names], dtype=torch.float64, device=self.args.device)
@@ -156,6 +184,12 @@ class OfflineTrainer(AlignTrainer):
     def evaluation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics from the sums of all rows; one of them is `loss`."""
         raise NotImplementedError
+
+
+def _samples(batch: GroupedBatch) -> int | Tensor:
+    """The rows of a batch, or the documents of which packing made them."""
+    document = batch.columns.get("document")
+    return batch.rows if document is None else (document.amax(1) + 1).sum()
 
 
 class SupervisedTrainer(OfflineTrainer):

@@ -33,8 +33,11 @@ from shared.trainers.reference_adapter import (
     adapter_in_use,
     add_reference_adapter,
     adds_nothing,
+    check_can_be_switched,
     keep_out_of_training,
+    trained_adapter,
 )
+from shared.trainers.reference_checks import check_reference_options
 
 Load = Callable[..., nn.Module]
 
@@ -158,24 +161,25 @@ def make_reference(
         needed: False where the objective has no reference.
 
     Raises:
-        UserError: options that exclude each other, or a reference that cannot be had under this engine.
+        UserError: options that exclude each other, a reference that cannot be had under this engine, or a model with
+            an adapter that trains more than its adapter and so cannot be its own reference.
     """
     if not needed:
         return NoReference()
-    if (precomputed or beforehand) and synced:
-        raise UserError(
-            "The reference is run once, before training, and is to be moved while training (sync_ref_model): these "
-            "exclude each other. Leave one out."
-        )
+    check_reference_options(
+        model,
+        ref_model,
+        has_adapter=hasattr(model, "peft_config"),
+        num_shared_layers=num_shared_layers,
+        load_in_8bit=load_in_8bit,
+        synced=synced,
+        beforehand=beforehand or precomputed,
+    )
     if precomputed:
         return Cached()
-    has_adapter = hasattr(model, "peft_config")
-    _check_reference(model, ref_model, accelerator, num_shared_layers, load_in_8bit, synced)
-    if has_adapter and ref_model is None:
-        if not (synced or REFERENCE_ADAPTER in model.peft_config or not adds_nothing(model)):
-            return AdapterOff(policy)
-        add_reference_adapter(model) if REFERENCE_ADAPTER not in model.peft_config else keep_out_of_training(model)
-        reference = AdapterOff(policy, REFERENCE_ADAPTER)
+    check_engine(accelerator, num_shared_layers=num_shared_layers, load_in_8bit=load_in_8bit, synced=synced)
+    if hasattr(model, "peft_config") and ref_model is None:
+        reference = _adapter_off(model, policy, synced, beforehand)
     elif beforehand and ref_model is None and not load_in_8bit:
         return AdapterOff(policy)
     else:
@@ -187,42 +191,31 @@ def make_reference(
     return reference
 
 
-def _check_reference(
-    model: nn.Module,
-    ref_model: nn.Module | str | None,
-    accelerator: Accelerator,
-    num_shared_layers: int | None,
-    load_in_8bit: bool,
-    synced: bool,
+def check_engine(
+    accelerator: Accelerator, *, num_shared_layers: int | None = None, load_in_8bit: bool = False, synced: bool = False
 ) -> None:
-    """Raise UserError for what cannot go together, before anything is loaded."""
-    has_adapter = hasattr(model, "peft_config")
+    """Raise UserError for what cannot be had under the trainer's engine; the options are make_reference's."""
     engine = accelerator.distributed_type
-    if ref_model is model:
-        raise UserError("ref_model is the model itself, which training changes. Leave it out: a frozen copy is made.")
-    if has_adapter and ref_model is None and (load_in_8bit or num_shared_layers):
-        raise UserError(
-            "The model has an adapter, so that the model without it is the reference: there is no second one to hold "
-            "in 8 bits or to share layers with. Leave these options out, or give a reference model."
-        )
-    if num_shared_layers and (ref_model is not None or load_in_8bit or synced):
-        raise UserError(
-            "num_shared_layers makes the reference from the model itself: it excludes a given reference model, 8 bits "
-            "and sync_ref_model."
-        )
     if num_shared_layers and (engine == DistributedType.FSDP or _zero3(accelerator)):
         raise UserError("num_shared_layers: an engine that cuts weights up (ZeRO-3, FSDP) cannot share them.")
     if load_in_8bit and _zero3(accelerator):
         raise UserError("A reference in 8 bits cannot be loaded under ZeRO-3: leave it whole, or use ZeRO-2.")
-    if synced and load_in_8bit:
-        raise UserError("A reference in 8 bits cannot be moved: leave out sync_ref_model or the 8 bits.")
-    if synced and has_adapter and ref_model is not None:
-        raise UserError(
-            "sync_ref_model moves the reference towards the model, and an adapter does not fit into another model's "
-            "weights. Leave the reference model out: a second adapter is then the reference."
-        )
     if synced and engine == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("sync_ref_model does not work with FSDP 1: use FSDP 2 (--accelerate_config fsdp2) or ZeRO.")
+
+
+def _adapter_off(model: Any, policy: TokenPolicy, synced: bool, beforehand: bool) -> AdapterOff:
+    """The model with an adapter as its own reference."""
+    check_can_be_switched(model, trains_nothing_else=not beforehand)
+    if REFERENCE_ADAPTER in model.peft_config:
+        keep_out_of_training(model)
+    elif not synced and adds_nothing(model):
+        return AdapterOff(policy)
+    elif beforehand:
+        return AdapterOff(policy, trained_adapter(model))  # nothing has changed it yet
+    else:
+        add_reference_adapter(model)
+    return AdapterOff(policy, REFERENCE_ADAPTER)
 
 
 def _reference_model(

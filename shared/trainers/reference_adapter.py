@@ -20,6 +20,7 @@ from shared.errors import UserError
 from shared.trainers.keeping import preserved_randomness
 
 REFERENCE_ADAPTER = "reference"
+NAMED = 4  # weights that a message names
 
 
 def trained_adapter(model: Any) -> str:
@@ -53,21 +54,53 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return found
 
 
+def check_can_be_switched(model: Any, *, trains_nothing_else: bool = True) -> None:
+    """See that a model with its adapter off stays what it is, whatever is trained.
+
+    Args:
+        model: a PEFT model.
+        trains_nothing_else: whether weights outside of its adapters must be frozen.
+
+    Raises:
+        UserError: the adapter is not in layers that can be switched, or weights beside it are trained; named.
+    """
+    adapter = trained_adapter(model)
+    if getattr(model.peft_config[adapter], "is_prompt_learning", False):
+        raise UserError(
+            f"The adapter {adapter!r} ({type(model.peft_config[adapter]).__name__}) learns a prompt, which cannot be "
+            "switched off: the model cannot be its own reference. Give a reference model (the base model's name will "
+            "do), or train a LoRA adapter."
+        )
+    if not trains_nothing_else:
+        return
+    inside = {id(tensor) for name in model.peft_config for tensor in adapter_tensors(model, name).values()}
+    outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if outside:
+        more = f" and {len(outside) - NAMED} more" if len(outside) > NAMED else ""
+        raise UserError(
+            f"The model trains weights outside of its adapter: {', '.join(outside[:NAMED])}{more}. They stay changed "
+            "with the adapter off, so that the model cannot be its own reference. Train the adapter alone (LoRA: "
+            "bias='none'; a layer in full by modules_to_save), or give a reference model (the base model's name will "
+            "do)."
+        )
+
+
 @torch.no_grad()
 def adds_nothing(model: Any) -> bool:
-    """Whether the model with its adapter is still the model without: a LoRA adapter none of whose B was trained."""
+    """Whether the model with its adapter is still the model without: a LoRA adapter that was not trained yet."""
     from peft import LoraConfig
 
     adapter = trained_adapter(model)
     if not isinstance(model.peft_config[adapter], LoraConfig):
         return False
     tensors = adapter_tensors(model, adapter)
-    originals = dict(model.named_parameters())
+    originals = {**dict(model.named_parameters()), **tensors}
     for name, tensor in tensors.items():
-        original = originals.get(name.replace("modules_to_save.*", "original_module"), tensor)
+        before = name.replace("modules_to_save.*", "original_module").replace("_tokens_delta", "_tokens_original")
+        original = originals.get(before, tensor)
         with gathered(tensor), gathered(original):
-            is_b = "lora_B" in name or "lora_embedding_B" in name
-            if (is_b and tensor.any()) or not torch.equal(tensor, original):
+            starts_at_zero = "lora_B" in name or "lora_embedding_A" in name
+            if (starts_at_zero and tensor.any()) or not torch.equal(tensor, original):
                 return False
     return True
 

@@ -1,8 +1,8 @@
 """Reference log-probabilities computed once, before training, and kept on disk for later runs.
 
-They are kept for each token of each answer, under a key of what they depend on: the reference's weights, the rows'
-tokens, and the type of the computation. Learning rate, β, the objective and its weights are not among these, so that
-runs which differ in them pay once. One folder a key:
+They are kept for each token of each answer, under a key of what they depend on: the reference's weights and the type
+they are held in, the rows' tokens, and the type of the computation. Learning rate, β, the objective and its weights
+are not among these, so that runs which differ in them pay once. One folder a key:
 
     $TRIALIGN_CACHE/reference/<key>/chosen_ref_logp.npy   flat float32, row after row
                                     rejected_ref_logp.npy
@@ -37,9 +37,15 @@ from shared.errors import UserError
 from shared.policies.base import GroupedBatch
 from shared.trainers.reference import AdapterOff, Reference, unwrapped
 from shared.trainers.reference_adapter import adapter_tensors, gathered
+from shared.trainers.reference_checks import STREAMED
 
 FORMAT = 1  # raised when the same reference comes to give other figures
 WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # what PEFT puts into the names of a model's own weights
+# of a model's or an adapter's configuration: what its figures do not depend on
+IDLE = {"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "pad_token_id", "bos_token_id",
+        "eos_token_id", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+        "target_modules", "exclude_modules", "lora_dropout", "init_lora_weights", "task_type"}  # fmt: skip
 
 
 def weights_of_name(name: str, *, revision: str | None = None, **loading: Any) -> str | None:
@@ -71,27 +77,43 @@ def weights_of_name(name: str, *, revision: str | None = None, **loading: Any) -
 def weights_of_model(model: nn.Module, reference: Reference | None = None) -> str:
     """What stands for a model's weights in the key: a digest of all of them. All processes call it together.
 
+    A model with its adapter off has the digest of its base model.
+
     Args:
         model: the reference model, wrapped or not.
         reference: with AdapterOff, adapters that it does not run with do not count.
     """
     inner = unwrapped(model)
     used = reference.adapter if isinstance(reference, AdapterOff) else None
-    unused = {
-        id(tensor)
-        for adapter in getattr(inner, "peft_config", {})
-        if adapter != used
-        for tensor in adapter_tensors(inner, adapter).values()
-    }
+    adapters = getattr(inner, "peft_config", {})
+    unused = {id(t) for adapter in adapters if adapter != used for t in adapter_tensors(inner, adapter).values()}
+    base = inner.get_base_model() if adapters else inner
+    configurations = [base.config, adapters[used]] if used in adapters else [base.config]
     digest = hashlib.blake2b(digest_size=20)
-    for name, tensor in inner.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor) or id(tensor) in unused:
-            continue
+    for configuration in configurations:
+        settings = {name: value for name, value in configuration.to_dict().items() if name not in IDLE}
+        digest.update(json.dumps(settings, sort_keys=True, default=_as_text).encode())
+    tensors = {
+        _plain_name(name, used) if adapters else name: tensor
+        for name, tensor in inner.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor) and id(tensor) not in unused
+    }
+    for name, tensor in sorted(tensors.items()):
         with gathered(tensor):
             whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
             digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
             digest.update(whole.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _plain_name(name: str, adapter: str | None) -> str:
+    """A tensor's name without what PEFT added, and a star for the name that was given to the adapter."""
+    parts = name.removeprefix("base_model.model.").split(".")
+    return ".".join("*" if part == adapter else part for part in parts if part not in WRAPPERS)
+
+
+def _as_text(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set) else str(value)
 
 
 def precompute(
@@ -155,10 +177,7 @@ def precompute(
 def _columns(table: TokenTable) -> dict[str, str]:
     """The answers' token columns, in the order of a batch's members, and the columns that are made for them."""
     if not isinstance(table, TokenTable):
-        raise UserError(
-            "precompute_ref_log_probs runs the reference over all rows beforehand, which streamed rows do not allow. "
-            "Leave the option or the streaming out."
-        )
+        raise UserError(STREAMED)
     if "chosen_ids" in table.columns:
         return {"chosen_ids": "chosen_ref_logp", "rejected_ids": "rejected_ref_logp"}
     if "completion_ids" in table.columns:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from shared.errors import UserError
 from shared.trainers.reference import AdapterOff, FrozenCopy, Reference, unwrapped
 from shared.trainers.reference_adapter import REFERENCE_ADAPTER, adapter_tensors, gathered, trained_adapter
+from shared.trainers.reference_checks import check_moves
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -62,10 +63,7 @@ class SyncReference(TrainerCallback):
     """
 
     def __init__(self, reference: Reference, *, every: int, alpha: float):
-        if every < 1:
-            raise UserError(f"ref_model_sync_steps is {every}: must be at least 1.")
-        if not 0 < alpha <= 1:
-            raise UserError(f"ref_model_mixup_alpha is {alpha}: must be above 0 and at most 1.")
+        check_moves(every=every, alpha=alpha)
         if not reference.synced:
             raise UserError("This reference is not made to be moved: make it with make_reference(…, synced=True).")
         self.reference, self.every, self.alpha = reference, every, alpha

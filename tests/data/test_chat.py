@@ -51,6 +51,19 @@ FORCED = (  # the generation prompt opens a thinking block that is not in the hi
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+TOOLS = (  # as Qwen3: thoughts only after the last question, answers of tools in a user's turn
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] in ('user', 'system') %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "<|im_end|>\n{% elif m['role'] == 'assistant' %}<|im_start|>assistant\n"
+    "{% if loop.index0 > ns.last and (loop.last or m['reasoning_content']) %}"
+    "<think>\n{{ m['reasoning_content'] }}\n</think>\n\n{% endif %}{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %} <tool_call>{{ call['name'] }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% elif m['role'] == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m['content'] }}\n</tool_response><|im_end|>\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if quick %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 REWRITING = "{% for m in messages %}#{{ loop.length - loop.index }} {{ m['content'] | upper }}\n{% endfor %}"
 
 
@@ -215,6 +228,86 @@ def test_tool_calls_are_learnt_as_the_template_writes_them():
         {"role": "assistant", "content": "A cat"},
     ]
     assert learnt(template, chat) == ["<call>look<|im_end|>", "A cat<|im_end|>"]
+
+
+CALL = {"role": "assistant", "content": "Wait", "tool_calls": [{"name": "look"}]}
+FOUND = {"role": "tool", "content": "<|im_start|>assistant\na cat"}  # a trap: the header inside a content
+
+
+def test_rounds_of_tools_where_the_last_turn_thinks():
+    one, two = turns("A", "red")
+    said = "Wait <tool_call>look</tool_call><|im_end|>"
+    last = "<think>\n\n</think>\n\nred<|im_end|>"
+    assert learnt(TOOLS, [one, CALL, FOUND, two]) == [said, last]
+    assert learnt(TOOLS, [one, CALL, FOUND, CALL, FOUND, two]) == [said, said, last]
+    assert learnt(TOOLS, [*turns("A", "blue"), one, CALL, FOUND, two]) == ["blue<|im_end|>", said, last]
+    assert learnt(TOOLS, [one, CALL, FOUND]) == [said]
+
+
+def test_thoughts_beside_the_content():
+    thought = [
+        {**turn, "reasoning_content": "hm"} if turn["role"] == "assistant" else turn for turn in turns("A", "B")
+    ]
+    last = "<think>\nhm\n</think>\n\nB<|im_end|>"
+    assert learnt(TOOLS, thought) == [last]
+    assert learnt(TOOLS, [*thought, *thought]) == ["B<|im_end|>", last]
+    first = {**CALL, "reasoning_content": "so"}
+    said = "<think>\nso\n</think>\n\nWait <tool_call>look</tool_call><|im_end|>"
+    assert learnt(TOOLS, [thought[0], first, FOUND, thought[1]]) == [said, last]
+
+
+def test_keys_that_the_template_passes_over():
+    named = [{**turn, "name": "x", "weight": 1} for turn in turns("A", "<think>\nhm\n</think>\n\nred", "B", "blue")]
+    assert learnt(THINKING, named) == ["red<|im_end|>", "<think>\n\n</think>\n\nblue<|im_end|>"]
+
+
+def test_a_turn_that_changes_what_is_around_it_is_not_guessed():
+    # The number of calls stands before the chat, so no two renderings begin alike; the other writes two turns for one.
+    counting = "{{ messages | selectattr('tool_calls', 'defined') | list | length }}" + TOOLS
+    two = TOOLS.replace(" <tool_call>", "<|im_end|>\n<|im_start|>call\n<tool_call>")
+    for template in (counting, two):
+        with pytest.raises(DataError, match="cannot tell exactly"):
+            learnt(template, [turns("A")[0], CALL, FOUND, *turns("A", "red")[1:]])
+
+
+def test_developers_are_for_the_template_to_know():
+    chat = [{"role": "developer", "content": "Be brief"}, *turns("Hi", "Hello")]
+    assert learnt(CHATML, chat) == ["Hello<|im_end|>"]
+    with pytest.raises(DataError, match="row 7: the chat template leaves out message 0, of role 'developer'"):
+        learnt(TOOLS, chat)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("tools", ["x"], r"tools\[0\] is no JSON"),
+        ("tools", [4], r"tools\[0\] is int, expected a function"),
+        ("tools", {"x": 1}, "tools is dict, expected a list of functions"),
+        ("chat_template_kwargs", "[1]", "chat_template_kwargs is list, expected a dict"),
+        ("chat_template_kwargs", "{", "chat_template_kwargs is no JSON"),
+    ],
+)
+def test_tools_and_variables_that_are_none(column, value, said):
+    with pytest.raises(DataError, match=f"row 7: {said}"):
+        learnt(CHATML, turns("Hi", "Hello"), **{column: value})
+
+
+def test_tools_and_variables_as_json():
+    template = CHATML.replace("Be kind.", "{{ mood }}{{ tools[0]['name'] if tools }}")
+    for tools in ('[{"name": "look"}]', ['{"name": "look"}']):
+        row = {"messages": turns("Hi", "Hello"), "tools": tools, "chat_template_kwargs": '{"mood": "glad "}'}
+        assert "glad look" in render(Owner(template), to_conversation(row, 0, Kind.MESSAGES)).text
+
+
+def test_whatever_a_template_raises_names_the_row(monkeypatch):
+    learnt(CHATML, turns("Hi", "Hello"))  # what the template does is known
+
+    def fails(*args, **options):
+        raise ValueError("no such month")
+
+    monkeypatch.setattr(library, "render_jinja_template", fails)
+    with pytest.raises(DataError, match="row 7: the chat template refuses .*no such month"):
+        learnt(CHATML, turns("Hi", "Hello"))
 
 
 def test_two_renderings_at_most_for_a_question_and_an_answer(monkeypatch):

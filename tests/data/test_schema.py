@@ -9,7 +9,16 @@ import sys
 import pytest
 from PIL import Image
 
-from shared.data.schema import Kind, check_rows, decode_image, detect_kind, require, to_conversation, undecoded
+from shared.data.schema import (
+    Kind,
+    check_rows,
+    column_names,
+    decode_image,
+    detect_kind,
+    require,
+    to_conversation,
+    undecoded,
+)
 from shared.errors import DataError, UserError
 
 
@@ -66,6 +75,13 @@ def test_detect_kind_error_names_columns_missing_and_allowed():
     assert "columns `image`, `prompt`" in message
     assert "prompt-completion, which lacks `completion`" in message
     assert "messages (`messages`)" in message and "stepwise" not in message
+
+
+def test_the_order_of_rows_does_not_decide_the_kind():
+    rows = [{"messages": chat()}, {"prompt": "a", "completion": "b"}]
+    for mixture in (rows, rows[::-1]):
+        assert detect_kind(column_names(mixture), mixture[0]) is Kind.PROMPT_COMPLETION
+    assert column_names(iter(rows)) == ["messages"]
 
 
 def test_require():

@@ -313,6 +313,84 @@ def test_ask_gives_the_prompt_as_generation_needs_it(tokenizer):
     assert tokens.prompt_ids == [5, 6] and tokens.answer == tokenizer.decode([7])
 
 
+THINKING = PLAIN.replace(
+    "message['content'] }}",
+    "('<think>\n\n</think>\n\n' if loop.last and loop.index > 1 else '') + message['content'] }}",
+)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_recorded_answer_is_what_the_model_learns_to_say(quick):
+    asks = "<|im_start|>assistant\n" + "<think>\n\n</think>\n\n" * quick
+    tokenizer = make(THINKING.replace("<|im_start|>assistant\n", asks))
+    row = {"messages": [user("red?"), says("blue")]}
+    asked = Tokeniser(tokenizer, Kind.MESSAGES, loss_on="assistant").ask(row)
+    assert asked.prompt_text.endswith(asks)
+    assert asked.answer == ("blue" if quick else "<think>\n\n</think>\n\nblue")
+    if not quick:
+        learnt = one(tokenizer, Kind.MESSAGES, row, loss_on="assistant")
+        assert learnt_text(tokenizer, learnt) == asked.answer + "<|im_end|>"
+
+
+def test_recorded_answers_of_other_shapes(tokenizer):
+    calling = make(
+        PLAIN.replace("+ message['content']", "+ message['content'] + (message['tool_calls'] or '') | string")
+    )
+    row = {"prompt": [user("red?")], "completion": [{"role": "assistant", "tool_calls": [{"name": "look"}]}]}
+    asked = Tokeniser(calling, Kind.PROMPT_COMPLETION, loss_on="completion").ask(row)
+    assert asked.answer == "[{'name': 'look'}]"
+    ended = Tokeniser(tokenizer, Kind.PROMPT_COMPLETION, loss_on="completion")
+    assert ended.ask({"prompt": "red", "completion": " blue<|im_end|>"}).answer == " blue"
+    several = {"prompt": [user("red?")], "completion": [says("blue"), user("12"), says("green")]}
+    assert ended.ask(several).answer == "blue"
+    tokens = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, 8, 9]}
+    assert Tokeniser(tokenizer, Kind.TOKENS).ask(tokens).answer == tokenizer.decode([6])
+
+
+def test_questions_are_cut_to_the_limits(tokenizer):
+    row = {"prompt": "red green blue", "completion": " 12"}
+    whole = ids(tokenizer, row["prompt"])
+    tokeniser = Tokeniser(tokenizer, Kind.PROMPT_COMPLETION, loss_on="completion", max_length=5)
+    assert tokeniser.ask(row).prompt_ids == whole[-5:]
+    assert tokeniser.ask(row, room=3).prompt_ids == whole[-3:]
+    assert Tokeniser(tokenizer, Kind.PROMPT_COMPLETION, loss_on="completion").ask(row).prompt_ids == whole
+
+
+# mixtures, white space, token numbers
+
+
+def test_messages_among_prompts_and_completions(tokenizer):
+    for column in ("messages", "conversations"):
+        rows = [
+            {"prompt": "red", "completion": " blue", column: None},
+            {"prompt": None, "completion": None, column: [user("red?"), says("blue")]},
+        ]
+        found = Tokeniser(tokenizer, Kind.PROMPT_COMPLETION, loss_on="completion").rows(rows)
+        said = [tokenizer.decode(row["input_ids"][row["learnt"]]) for row in found]
+        assert said == [" blue<|im_end|>", "blue<|im_end|>"]
+
+
+def test_white_space_behind_the_end_of_a_text(tokenizer):
+    tokeniser = Tokeniser(tokenizer, Kind.LANGUAGE_MODELING)
+    batch = tokeniser.encode([{"text": "red<|im_end|> \n\t"}, {"text": "red \n"}])
+    assert [row["input_ids"].count(tokenizer.eos_token_id) for row in batch.records] == [1, 1]
+    assert batch.records[1]["input_ids"][-1] == tokenizer.eos_token_id and batch.endless == 0
+    chats = make(PLAIN.replace("<|im_end|>\n", "<|im_end|> \n\t"))
+    assert Tokeniser(chats, Kind.MESSAGES).encode([{"messages": [user("red?"), says("blue")]}]).endless == 0
+
+
+def test_token_numbers_of_another_tokenizer(tokenizer):
+    with pytest.raises(DataError, match=f"input_ids holds {len(tokenizer)}, but the tokenizer's numbers end at"):
+        one(tokenizer, Kind.TOKENS, {"input_ids": [5, len(tokenizer)]})
+    skipping = Tokeniser(tokenizer, Kind.TOKENS, on_bad_row="skip")
+    assert list(skipping.encode([{"input_ids": [5, 2**40]}, {"input_ids": [5, 6]}]).bad) == [0]
+
+
+def test_tools_that_are_none_are_bad_rows(tokenizer):
+    rows = [{"messages": [user("red?"), says("blue")], "tools": tools} for tools in (["x"], {"x": 1}, None)]
+    assert list(Tokeniser(tokenizer, Kind.MESSAGES, on_bad_row="skip").encode(rows).bad) == [0, 1]
+
+
 # options
 
 
@@ -405,6 +483,44 @@ def test_a_folder_that_cannot_be_written_to_costs_the_cache_alone(tokenizer, tmp
     monkeypatch.setenv("TRIALIGN_CACHE", str(tmp_path / "file"))
     table, _ = tokenise(texts(2), Tokeniser(tokenizer, Kind.LANGUAGE_MODELING))
     assert len(table) == 2 and "Tokens are not kept" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_is_not_the_caches_fault(tokenizer, tmp_path, monkeypatch, caplog):
+    class Torn(list):
+        def __getitem__(self, index):
+            row = super().__getitem__(index)
+            self.read = getattr(self, "read", 0) + 1
+            if self.read > len(self):  # hashed, then gone
+                raise OSError("the disk is gone")
+            return row
+
+    monkeypatch.setenv("TRIALIGN_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match="the disk is gone"):
+        tokenise(Torn(texts(2)), Tokeniser(tokenizer, Kind.LANGUAGE_MODELING))
+    assert "cannot be written" not in caplog.text
+
+
+def test_tokens_are_made_once_where_they_cannot_be_saved(tokenizer, tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise OSError("no space left")
+
+    made = []
+    monkeypatch.setenv("TRIALIGN_CACHE", str(tmp_path))
+    monkeypatch.setattr("shared.data.tokenise.save_table", full)
+    tokeniser = Tokeniser(tokenizer, Kind.LANGUAGE_MODELING)
+    encode = tokeniser.encode
+    monkeypatch.setattr(tokeniser, "encode", lambda rows: made.append(1) or encode(rows))
+    table, _ = tokenise(texts(2), tokeniser)
+    assert len(table) == 2 and made == [1] and "no space left" in caplog.text
+
+
+def test_rows_that_cannot_be_hashed_are_tokenised_anew(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIALIGN_CACHE", str(tmp_path / "cache"))
+    rows = [{"messages": [user("red?"), {**says("blue"), "name": object()}]}]
+    for _ in range(2):
+        _, summary = tokenise(rows, Tokeniser(tokenizer, Kind.MESSAGES))
+        assert summary.rows_per_second is not None
+    assert not (tmp_path / "cache").exists()
 
 
 def test_columns_that_nobody_looks_at_do_not_matter(tokenizer, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from shared.data.rows import PADDING, ROW, Rows
 from shared.data.sampler import length_grouped_order
-from shared.data.token_cache import data_fingerprint, load_table, locked, save_table
+from shared.data.token_cache import cache_folder, data_fingerprint, load_table, locked, save_table
 from shared.data.tokens import Ragged, TokenTable
 
 
@@ -148,3 +149,64 @@ def test_batches_hold_like_lengths_in_a_random_order():
 def test_fewer_rows_than_a_batch():
     assert sorted(length_grouped_order(np.array([3, 1]), 8, seed=0)) == [0, 1]
     assert len(length_grouped_order(np.array([], np.int64), 8, seed=0)) == 0
+
+
+# what is found again
+
+
+def test_rows_that_differ_anywhere_have_other_fingerprints():
+    def of(row):
+        return data_fingerprint(Rows([row]))
+
+    long = np.arange(3000)
+    other = long.copy()
+    other[1500] = 0
+    assert of({"input_ids": long}) == of({"input_ids": long.copy()}) != of({"input_ids": other})
+    assert of({"input_ids": long}) != of({"input_ids": long.astype(np.int32)})
+    assert of({"input_ids": long}) != of({"input_ids": long.reshape(2, -1)})
+    assert of({"tools": [{"a": 1, "b": 2}]}) != of({"tools": [{"b": 2, "a": 1}]})  # as a template writes them
+    assert of({"a": {1: "x", "y": 2}}) is not None
+    assert of({"a": object()}) is None
+    assert data_fingerprint(Rows([{"a": 1, "b": object()}]), ("a",)) is not None
+
+
+def test_a_data_set_is_known_by_its_rows_as_they_are_read():
+    from datasets import Dataset
+
+    plain = Dataset.from_dict({"text": ["a", "b"], "id": [1, 2]})
+    loud = plain.with_transform(lambda rows: {"text": [text + "!" for text in rows["text"]]})
+    louder = plain.with_transform(lambda rows: {"text": [text + "!!" for text in rows["text"]]})
+    found = [data_fingerprint(Rows(rows)) for rows in (plain, loud, louder, plain.with_format(columns=["text"]))]
+    assert len(set(found)) == 4
+    assert data_fingerprint(Rows(plain.with_format("numpy"))) is not None
+
+
+@pytest.mark.parametrize("broken", ["table.json", "input_ids.npy", "label.npy", "rows.npy", "input_ids.lengths.npy"])
+@pytest.mark.parametrize("how", ["missing", "empty", "cut"])
+def test_a_damaged_table_is_none_and_is_replaced(tmp_path, broken, how):
+    path = tmp_path / "key"
+    save_table(path, table(), {})
+    file = path / broken
+    whole = file.read_bytes()
+    file.unlink()
+    if how != "missing":
+        file.write_bytes(whole[: len(whole) // 2 if how == "cut" else 0])
+    assert load_table(path) is None
+    save_table(path, table(), {})
+    assert len(load_table(path)[0]) == 3 and [each.name for each in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_table_is_readable_for_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_table(tmp_path / "key", table(), {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_user_without_a_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRIALIGN_CACHE", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert cache_folder() == tmp_path / f"trialign-{os.getuid()}" / "tokens"

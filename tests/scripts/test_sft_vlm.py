@@ -103,7 +103,7 @@ def test_a_bad_row_found_in_mid_training_costs_no_step(run, tmp_path):
     for workers in ("0", "2"):
         status, said = run(
             "--dataset_name", name, "--check_rows", "0", "--dataloader_num_workers", workers, "--max_steps", "30",
-                "--per_device_train_batch_size=1", "--eval_answers=0", "--output_dir", f"out{workers}", "--seed", "3",
+                "--per_device_train_batch_size=1", "--eval_answers=0", "--output_dir", f"out{workers}", "--seed", "2",
         )  # fmt: skip
         assert status == 2 and "error: row 15: image" in said and "Traceback" not in said
         saved = list((tmp_path / f"out{workers}").glob("checkpoint-*/complete.json"))

@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from shared.errors import DataError, UserError
+from textalign.dpo import DPOConfig
 from textalign.sft import SFTConfig, SFTTrainer
 
 ROWS = [
@@ -127,7 +128,21 @@ def test_of_completions_the_prompt_is_not_learnt_unless_asked(build):
     assert learnt(build(PAIRS, completion_only_loss=False), 3).endswith(" and 3 is 6<|im_end|>")
 
 
+def test_of_a_completion_what_others_say_is_not_learnt_where_the_assistant_alone_is(build):
+    turns = [("assistant", "one"), ("user", "secret"), ("assistant", "two")]
+    said = [{"role": role, "content": text} for role, text in turns]
+    rows = [{"prompt": [{"role": "user", "content": "count"}], "completion": said}] * 8
+    assert "secret" in learnt(build(rows))
+    for options in ({}, {"completion_only_loss": True}):
+        text = learnt(build(rows, assistant_only_loss=True, **options))
+        assert "one" in text and "two" in text and "secret" not in text
+    with pytest.raises(UserError, match="assistant_only_loss without completion_only_loss"):
+        build(rows, assistant_only_loss=True, completion_only_loss=False)
+
+
 def test_tokenised_rows_are_learnt_as_their_masks_say(build):
+    rows = [{"input_ids": [5, 6, 7, 8], "assistant_masks": [0, 1, 0, 1]}] * 8
+    assert build(rows).train_dataset[0]["learnt"].tolist() == [False, True, False, True]
     rows = [{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}] * 8
     assert build(rows).train_dataset[0]["learnt"].tolist() == [False, False, True, True]
     assert build(rows, completion_only_loss=False).train_dataset[0]["learnt"].tolist() == [False, True, True, True]
@@ -145,8 +160,14 @@ def test_texts_come_from_another_column_or_from_a_function(build):
     trained(build(stream, dataset_text_field="body", max_steps=1))
     with pytest.raises(UserError, match="dataset_text_field words: the data set has no such column"):
         build(rows, dataset_text_field="words")
-    with pytest.raises(DataError, match="formatting_func gave a list"):
+    with pytest.raises(DataError, match="row 0: formatting_func gave a list"):
         build(rows, trainer={"formatting_func": lambda row: [row["body"]]})
+    some = {"formatting_func": lambda row: None if row["body"] == "text 2" else row["body"]}
+    trainer = build(rows, trainer=some, on_bad_row="skip")
+    assert len(trainer.train_dataset) == 7 and "text is" in trainer.row_notes[2]
+    lacking = [{"body": "text"}, {"other": "text"}, {"body": "more text"}]
+    trainer = build(lacking, dataset_text_field="body", on_bad_row="skip")
+    assert trainer.train_dataset.rows.tolist() == [0, 2]
 
 
 def test_tools_reach_the_template_and_calls_are_learnt(build, tmp_path):
@@ -196,6 +217,41 @@ def test_documents_that_are_divided_lose_nothing(build):
     assert bfd.train_dataset.lengths.sum() < split.train_dataset.lengths.sum() == whole
     assert wrapped.train_dataset.lengths.sum() == whole and wrapped.train_dataset.lengths[:-1].min() == 16
     assert losses(trained(wrapped))[0] > 0
+
+
+def test_held_out_rows_are_cut_where_they_are_not_packed(build):
+    options = {"packing": True, "max_length": 16, "packing_strategy": "bfd_split"}
+    whole = build(TEXTS[:8]).train_dataset.lengths
+    trainer = build(TEXTS, TEXTS[:8], eval_packing=False, **options)
+    assert trainer.eval_dataset.lengths.max() == 16 < whole.max()
+    trainer = build(TEXTS, TEXTS[:8], **{**options, "packing": False}, eval_packing=True)
+    assert trainer.train_dataset.lengths.max() == 16
+    assert trainer.eval_dataset.lengths.sum() == whole.sum()
+
+
+@pytest.mark.parametrize("layout", [{}, {"padding_free": True}, {"packing": True}])
+def test_the_report_counts_documents(layout, build):
+    trainer = build(max_steps=1, per_device_train_batch_size=4, max_length=96, **layout)
+    documents = len(ROWS) if "packing" in layout else 4
+    assert "packing" not in layout or len(trainer.train_dataset) > 4
+    trained(trainer)
+    seen = trainer._totals["samples"]
+    assert 4 < seen < documents if "packing" in layout else seen == documents
+
+
+def test_packed_rows_must_fill_a_batch(build):
+    with pytest.raises(UserError, match="dataloader_drop_last"):
+        build(packing=True, dataloader_drop_last=True, per_device_train_batch_size=len(ROWS))
+
+
+def test_a_learnt_prompt_and_packing_exclude_each_other(build, monkeypatch):
+    from peft import PromptTuningConfig
+
+    monkeypatch.setattr("textalign.sft.load_text_model", None)  # said before anything is loaded
+    adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    for layout in ("packing", "padding_free"):
+        with pytest.raises(UserError, match=f"{layout}: PromptTuningConfig puts learnt tokens"):
+            build(trainer={"peft_config": adapter}, **{layout: True})
 
 
 # ---- Noise and offloading -------------------------------------------------------------------------------------------
@@ -286,12 +342,13 @@ def test_without_options_the_defaults_are_taken(tiny, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_followed_is_refused(build, tiny, tmp_path):
-    with pytest.raises(UserError, match="args is a TrainingArguments; give a SFTConfig"):
-        SFTTrainer(str(tiny("lm")), TrainingArguments(output_dir=str(tmp_path)), train_dataset=ROWS)
+    with pytest.raises(UserError, match="args is a DPOConfig; give a SFTConfig"):
+        SFTTrainer(str(tiny("lm")), DPOConfig(output_dir=str(tmp_path)), train_dataset=ROWS)
     for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
         with pytest.raises(UserError, match=f"{name} is not taken"):
             build(trainer={name: print})
-    with pytest.raises(UserError, match="data_collator .*GroupedBatch"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="data_collator .*GroupedBatch"):
+        patch.setattr("textalign.sft.load_text_model", None)  # said before anything is loaded
         build(trainer={"data_collator": lambda rows: {"input_ids": 0}})
     with pytest.raises(UserError, match="dataset_kwargs: add_special_tokens is not taken"):
         build(dataset_kwargs={"add_special_tokens": False})

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from shared.errors import UserError
@@ -172,6 +172,57 @@ def test_an_adapter_named_reference_is_used(accelerator):
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".reference" in n)
 
 
+@pytest.mark.parametrize("options", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [9, 12]}])
+def test_new_and_trained_adapters_are_told_apart(accelerator, options):
+    model = adapted(**options)
+    reference, policy = reference_of(model, accelerator)
+    assert reference.adapter is None
+    train(model, policy)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    at_start = log_probs(model)
+    reference, policy = reference_of(model, accelerator)
+    assert reference.adapter == "reference"
+    train(model, policy)
+    assert_same(reference.log_probs(model, pairs()), at_start)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=41, n_embd=16, n_layer=2, n_head=2))
+
+
+def test_an_adapter_with_weights_beside_it_is_no_reference(accelerator):
+    biased = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, bias="all")
+    with pytest.raises(UserError, match=r"outside of its adapter: .*ln_1\.bias.* and \d+ more.*bias='none'"):
+        reference_of(get_peft_model(gpt2(), biased), accelerator)
+    model = adapted()
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(UserError, match="outside of its adapter: base_model.model.model.norm.weight"):
+        reference_of(model, accelerator, synced=True)
+    assert isinstance(reference_of(model, accelerator, made())[0], FrozenCopy)
+    beforehand, _ = reference_of(model, accelerator, beforehand=True)
+    assert beforehand.adapter is None  # nothing is changed before training
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_a_learnt_prompt_cannot_be_switched_off(accelerator, config):
+    model = get_peft_model(made(), config(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    for options in ({}, {"beforehand": True}):
+        with pytest.raises(UserError, match=f"{config.__name__}. learns a prompt"):
+            reference_of(model, accelerator, **options)
+    assert isinstance(reference_of(model, accelerator, made())[0], FrozenCopy)
+
+
+def test_before_training_an_adapter_that_goes_on_is_not_copied(accelerator):
+    model = adapted()
+    train(model, TokenPolicy(model))
+    reference, _ = reference_of(model, accelerator, beforehand=True)
+    assert reference.adapter == "default" and list(model.peft_config) == ["default"]
+    assert_same(reference.log_probs(model, pairs()), log_probs(model))
+
+
 def test_dropout_does_not_reach_the_reference(accelerator):
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(vocab_size=41, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.5))
@@ -290,6 +341,7 @@ def wider():
         (made, wider, {"synced": True}, "same parameters"),
         (made, None, {"synced": True, "load_in_8bit": True}, "cannot be moved"),
         (made, made, {"num_shared_layers": 1}, "excludes a given reference"),
+        (made, None, {"num_shared_layers": 1, "beforehand": True}, "exclude each other"),
         (made, None, {"num_shared_layers": 9}, "this model has 3 layers"),
         (adapted, made, {"synced": True}, "does not fit into another model"),
         (adapted, None, {"load_in_8bit": True}, "model without it is the reference"),

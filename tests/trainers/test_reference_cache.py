@@ -208,6 +208,36 @@ def test_an_adapter_that_does_not_run_does_not_count(model):
     assert weights_of_model(adapted, running) != with_it
 
 
+def test_a_model_with_its_adapter_off_counts_as_its_base(model):
+    alone = weights_of_model(model)
+    layouts = (
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["up_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["v_proj"], "trainable_token_indices": [3]},
+    )
+    for options in layouts:
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**options, task_type="CAUSAL_LM"))
+        assert weights_of_model(adapted, AdapterOff(TokenPolicy(adapted))) == alone
+
+
+def test_an_adapter_that_runs_counts_with_its_strength(model):
+    found = set()
+    for alpha in (8, 8, 16):
+        torch.manual_seed(1)
+        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, lora_alpha=alpha)
+        adapted = get_peft_model(copy.deepcopy(model), config, adapter_name=f"made{len(found)}")
+        found.add(weights_of_model(adapted, AdapterOff(TokenPolicy(adapted), f"made{len(found)}")))
+    assert len(found) == 2
+
+
+def test_the_configuration_counts_with_the_weights(model):
+    first = weights_of_model(model)
+    model.config.eos_token_id, model.config._name_or_path = 7, "elsewhere"
+    assert weights_of_model(model) == first
+    model.config.rms_norm_eps = 1e-3
+    assert weights_of_model(model) != first
+
+
 def test_a_folder_counts_with_its_files(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     name = str(tmp_path / "model")
