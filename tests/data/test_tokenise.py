@@ -224,7 +224,8 @@ def test_tokenised_rows(tokenizer):
     assert one(tokenizer, Kind.TOKENS, {"input_ids": [5, 6]})["learnt"] == [False, True]
     masked = {"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1], "assistant_masks": [0, 1, 0]}
     assert one(tokenizer, Kind.TOKENS, masked, loss_on="completion")["learnt"] == [False, False, True]
-    assert one(tokenizer, Kind.TOKENS, masked, loss_on="assistant")["learnt"] == [False, True, False]
+    both = {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 0, 1]}
+    assert one(tokenizer, Kind.TOKENS, both, loss_on="assistant")["learnt"] == [False, False, False, True]
     with pytest.raises(DataError, match="neither labels nor assistant_masks"):
         one(tokenizer, Kind.TOKENS, {"input_ids": [5, 6]}, loss_on="assistant")
 

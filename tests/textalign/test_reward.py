@@ -274,7 +274,7 @@ def test_mistakes_in_data_and_options_are_said_before_the_model_is_loaded(lm, tm
         RewardTrainer(lm, config(tmp_path), train_dataset=[{"text": "a"}])
     with pytest.raises(UserError, match="center_rewards_coefficient -1"):
         config(tmp_path, center_rewards_coefficient=-1)
-    from transformers import TrainingArguments
+    from textalign import DPOConfig
 
     with pytest.raises(UserError, match="give a RewardConfig"):
-        RewardTrainer(lm, TrainingArguments(output_dir=str(tmp_path)), train_dataset=ROWS)
+        RewardTrainer(lm, DPOConfig(output_dir=str(tmp_path)), train_dataset=ROWS)
