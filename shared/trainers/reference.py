@@ -78,7 +78,11 @@ class Cached(Reference):
     """
 
     def log_probs(self, model: nn.Module, batch: GroupedBatch) -> Tensor:
-        assert "ref_logp" in batch.columns, "the batch's rows have no reference log-probabilities"
+        if "ref_logp" not in batch.columns:
+            raise UserError(
+                "These rows have no reference log-probabilities: with precompute_ref_log_probs the reference was run "
+                "over the rows that the trainer was given. Give them as eval_dataset, or leave the option out."
+            )
         logp = batch.columns["ref_logp"].float()
         assert logp.shape == batch.completion_mask.shape, "not all of the batch's answers have them"
         return torch.where(batch.completion_mask.bool(), logp, logp.new_zeros(()))

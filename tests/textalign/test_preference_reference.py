@@ -289,3 +289,12 @@ def test_arguments_by_position(model_path, tmp_path):
     assert hasattr(trainer.model, "peft_config") and seen == [1, 1]
     with pytest.raises(UserError, match="model_init"):
         textalign.CPOTrainer(model_path, *cpo_args, lambda: None)
+
+
+def test_rows_that_the_reference_was_not_run_over_are_refused():
+    from shared.policies.base import GroupedBatch
+    from shared.trainers.reference import Cached
+
+    ids = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(UserError, match="Give them as eval_dataset"):
+        Cached().log_probs(torch.nn.Identity(), GroupedBatch.of_rows(ids, attention=ids, mask=ids))
