@@ -91,7 +91,6 @@ class TextPreferenceTrainer(PreferenceTrainer):
         self.run = run = prepare_text(
             model,
             args,
-            config_class=self.config_class,
             train_dataset=self.read_rows(train_dataset, args),
             eval_dataset=self.read_rows(eval_dataset, args),
             processing_class=processing_class,
@@ -101,11 +100,6 @@ class TextPreferenceTrainer(PreferenceTrainer):
         self.loaded_from = model if isinstance(model, str) else None
         init = {} if quantization_config is None else {"quantization_config": quantization_config}
         model = load_text_model(model, args, run.tokenizer, peft_config=peft_config, **init)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise UserError(
-                "No weight of the model is trained. Load its adapter to be trained (PeftModel.from_pretrained(…, "
-                "is_trainable=True)), or give the base model and the adapter's folder as peft_config."
-            )
         super().__init__(
             model,
             args,

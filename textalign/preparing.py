@@ -123,7 +123,6 @@ def prepare_text(
     model: str | nn.Module,
     args: AlignConfig,
     *,
-    config_class: type,
     train_dataset: Any,
     eval_dataset: Any,
     processing_class: Any,
@@ -137,7 +136,6 @@ def prepare_text(
     Args:
         model: name of the model, or the model.
         args: the trainer's options.
-        config_class: what `args` must be.
         train_dataset, eval_dataset: as the trainer takes them.
         processing_class: the tokenizer (a processor's tokenizer is used); None: the model's own.
         allowed: the kinds of data that the trainer takes.
@@ -148,10 +146,6 @@ def prepare_text(
     Raises:
         UserError, DataError: options, columns or rows that cannot be used.
     """
-    if not isinstance(args, config_class):
-        raise UserError(
-            f"args is a {type(args).__name__}; give a {config_class.__name__}, which takes the same options."
-        )
     if not isinstance(model, (str, nn.Module)):
         raise UserError(f"model is a {type(model).__name__}: give its name or folder as a string, or a loaded model.")
     check_evaluation(args, eval_dataset)
@@ -295,6 +289,11 @@ def load_text_model(
         peft_config = training_tokens(peft_config, model, new)
     adapter = {"path": peft_config} if isinstance(peft_config, str) else {"config": peft_config}
     model = attach_adapter(model, **adapter, checkpointing=bool(args.activation_checkpointing))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            "No weight of the model is trained. Load its adapter to be trained (PeftModel.from_pretrained(…, "
+            "is_trainable=True)), or give the base model and the adapter's folder as peft_config."
+        )
     if getattr(args, "disable_dropout", False):
         _without_dropout(model)
     return model

@@ -69,7 +69,6 @@ class TextScoringTrainer(ScoringTrainer):
         run = self.text = prepare_text(
             model,
             args,
-            config_class=self.config_class,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

@@ -25,7 +25,7 @@ from shared.policies.packed import PackedPolicy, refuse_learnt_prompt, wants_one
 from shared.policies.token import TokenPolicy
 from shared.runtime.offloading import ActivationOffloading
 from shared.runtime.report import SampleRow
-from shared.trainers.answers import answer, evenly_spaced, exact_matches, sampled
+from shared.trainers.answers import answer, evenly_spaced, exact_matches, first_set, sampled
 from shared.trainers.datasets import check_steps, usable_rows
 from shared.trainers.offline import SupervisedTrainer
 from textalign.config import TextConfig
@@ -125,7 +125,6 @@ class SFTTrainer(SupervisedTrainer):
         run = prepare_text(
             model,
             args,
-            config_class=SFTConfig,
             train_dataset=rows.read(train_dataset, "train_dataset"),
             eval_dataset=rows.read_held_out(eval_dataset),
             processing_class=processing_class,
@@ -186,9 +185,7 @@ class SFTTrainer(SupervisedTrainer):
         return exact_matches(answers), sampled(answers, self.run.sample)
 
     def _read_texts(self) -> tuple[dict[str, float], list[SampleRow]] | None:
-        table = self.eval_dataset
-        if isinstance(table, dict):
-            table = next(iter(table.values()), None)
+        table = first_set(self.eval_dataset)
         if table is None or not self.args.eval_answers:
             return None
         count = min(len(table), TEXTS_FOR_AN_ANSWER * self.args.eval_answers)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from shared.policies.base import GroupedBatch
 from shared.policies.prefix import PrefixSharing, evaluating, shared_hidden, trimmed
-from shared.policies.token import whole_rows
+from shared.policies.token import whole_rows, wrap_forward
 
 logger = logging.getLogger(__name__)
 
@@ -183,13 +182,7 @@ def _teach(inner: nn.Module) -> bool:
     """
     if _body(inner) is None:
         return False
-    plain = inner.forward
-    if getattr(plain, "takes_score_call", False):
-        return True
-    own = plain.__func__ if getattr(plain, "__self__", None) is inner else (lambda _, *args, **kw: plain(*args, **kw))
-    forward = _score_forward(own)
-    forward.takes_score_call = True
-    inner.forward = types.MethodType(forward, inner)
+    wrap_forward(inner, _score_forward, mark="takes_score_call")
     return True
 
 

@@ -265,12 +265,12 @@ def _teach(inner: nn.Module) -> bool:
             hidden = body(*args, **kwargs)[0] if prefix is None else shared_hidden(body, prefix)
             head = self.get_output_embeddings()
             for linear in _linears(head):  # here, since an adapter or more tokens may have brought another one
-                _wrap_forward(linear, _head_forward)
+                wrap_forward(linear, _head_forward, mark="takes_head_call")
             return head(hidden.flatten(0, 1)[head_call.index], head_call=head_call)
 
         return forward
 
-    _wrap_forward(inner, wrap)
+    wrap_forward(inner, wrap, mark="takes_head_call")
     return True
 
 
@@ -297,10 +297,10 @@ def _head_forward(plain: Callable) -> Callable:
     return forward
 
 
-def _wrap_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
-    """Put `wrap(forward)` in the place of a module's forward, once."""
+def wrap_forward(module: nn.Module, wrap: Callable[[Callable], Callable], *, mark: str) -> None:
+    """Put `wrap(forward)` in the place of a module's forward, once: the attribute `mark` tells that it was done."""
     own = module.forward
-    if getattr(own, "takes_head_call", False):
+    if getattr(own, mark, False):
         return
     if getattr(own, "__self__", None) is module:
         plain = own.__func__
@@ -311,7 +311,7 @@ def _wrap_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> No
             return own(*args, **kwargs)
 
     forward = wrap(plain)
-    forward.takes_head_call = True
+    setattr(forward, mark, True)
     module.forward = types.MethodType(forward, module)
 
 

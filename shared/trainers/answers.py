@@ -30,10 +30,14 @@ class Answer:
     recorded: str
 
 
+def first_set(rows: Any) -> Any:
+    """The held-out rows, of the first set where there are several by name; None where there are none."""
+    return next(iter(rows.values()), None) if isinstance(rows, dict) else rows
+
+
 def evenly_spaced(rows: Any, count: int) -> Rows | None:
     """Some held-out rows to be answered, of the first set where there are several; None where there are none."""
-    if isinstance(rows, dict):
-        rows = next(iter(rows.values()), None)
+    rows = first_set(rows)
     if not isinstance(rows, Rows) or count < 1:
         return None
     count = min(count, len(rows))

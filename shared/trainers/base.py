@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
 from shared.errors import DataError, UserError
+from shared.policies.prefix import evaluating
 from shared.runtime import checkpoint as checkpoints
 from shared.runtime.fsdp import reshard, unused_parameters_allowed
 from shared.runtime.launch import check_engine
@@ -221,12 +222,9 @@ class AlignTrainer(Trainer):
 
     def _timed_answers(self):
         started = time.perf_counter()
-        with preserved_randomness(), torch.no_grad():
-            training = self.model.training
-            self.model.eval()
+        with preserved_randomness(), evaluating(self.model):
             answered = self.answer_questions()
             reshard(self.model)
-            self.model.train(training)
         self._totals["answer_seconds"] += time.perf_counter() - started
         return answered
 

@@ -139,7 +139,7 @@ class OfflineTrainer(AlignTrainer):
     ) -> EvalLoopOutput:
         """Metrics of the held-out rows, exact over batches and processes: sums are added up, then divided once."""
         sums: dict[str, float] = {}
-        with self._evaluated_model() as model, preserved_randomness(), evaluating(model), torch.no_grad():
+        with self._evaluated_model() as model, preserved_randomness(), evaluating(model):
             for batch in dataloader:
                 for name, value in self.evaluation_sums(model, self._prepare_inputs(batch)).items():
                     sums[name] = sums.get(name, 0.0) + value.item()

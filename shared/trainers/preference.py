@@ -19,7 +19,7 @@ from shared.objectives.preference import PairLosses, PairObjective, Pairs, pairs
 from shared.policies.base import GroupedBatch, LogProbs
 from shared.policies.token import TokenPolicy
 from shared.runtime.report import SampleRow
-from shared.trainers.answers import Answer, answer, evenly_spaced, sampled
+from shared.trainers.answers import Answer, answer, evenly_spaced, first_set, sampled
 from shared.trainers.judging import Judge, recall, remember, score, win_rate
 from shared.trainers.offline import OfflineTrainer
 from shared.trainers.reference import NoReference, Reference
@@ -73,9 +73,7 @@ class PreferenceTrainer(OfflineTrainer):
 
     def answer_questions(self) -> tuple[dict[str, float], list[SampleRow]] | None:
         """How held-out rows are preferred, and how the judge likes the answers to their prompts."""
-        rows = self.eval_dataset
-        if isinstance(rows, dict):
-            rows = next(iter(rows.values()), None)
+        rows = first_set(self.eval_dataset)
         if rows is None or self.args.eval_answers < 1:
             return None
         if len(rows) > ROWS_SCORED and hasattr(rows, "select"):
@@ -211,7 +209,7 @@ def _paired_sums(pairs: Pairs, losses: PairLosses, out: LogProbs) -> dict[str, T
         **{f"loss/{name}": term.sum() for name, term in losses.terms.items()},
         "rows": torch.tensor(pairs.chosen.shape[0], device=chosen.device),
         "chosen_tokens": pairs.chosen_tokens.sum(),
-        "correct": _member_sum(out.correct, out.mask, 0),
+        "correct": (out.correct & out.mask.bool())[0::2].sum(),
         "tokens": out.mask[0::2].sum(),
     }
 
@@ -219,7 +217,3 @@ def _paired_sums(pairs: Pairs, losses: PairLosses, out: LogProbs) -> dict[str, T
 def share_above(differences: Tensor) -> Tensor:
     """1 where positive, 0 where negative, ½ where level: before training, policy and reference differ by rounding."""
     return (differences > LEVEL).float() + 0.5 * (differences.abs() <= LEVEL)
-
-
-def _member_sum(values: Tensor, mask: Tensor, member: int) -> Tensor:
-    return (values[member::2] * mask[member::2].bool()).sum()

@@ -18,7 +18,7 @@ from shared.policies.base import GroupedBatch
 from shared.policies.prefix import evaluating
 from shared.policies.score import ScorePolicy
 from shared.runtime.report import SampleRow
-from shared.trainers.answers import SAMPLES_SHOWN
+from shared.trainers.answers import SAMPLES_SHOWN, first_set
 from shared.trainers.offline import OfflineTrainer
 
 
@@ -38,9 +38,7 @@ class ScoringTrainer(OfflineTrainer):
 
     def answer_questions(self) -> tuple[dict[str, float], list[SampleRow]] | None:
         """The metrics of all held-out rows (of the first set where there are several), and some rows' scores."""
-        rows = self.eval_dataset
-        if isinstance(rows, dict):
-            rows = next(iter(rows.values()), None)
+        rows = first_set(self.eval_dataset)
         if rows is None or not self.args.eval_answers:
             return None
         found = self.evaluation_loop(self.get_eval_dataloader(rows), "Scoring").metrics

@@ -64,9 +64,8 @@ class UnpairedTrainer(PreferenceTrainer):
         super().__init__(model, args, **kwargs)
         self.report.units = {"loss": "per row", "kl": "nats", "logps/chosen": "nats", "logps/rejected": "nats"}
         self.kl = torch.zeros((), device=args.device)
-        self._rewards = torch.zeros(
-            4, dtype=torch.float64, device=args.device
-        )  # mean, count; sum, count not in it yet
+        # mean and count of the earlier steps' rewards; sum and count of this one's
+        self._rewards = torch.zeros(4, dtype=torch.float64, device=args.device)
 
     def step_counts(self, batch: GroupedBatch) -> dict[str, Tensor]:
         return {"counted": batch.member(0).counted_tokens(), "rows": batch.columns["counted"].sum()}
@@ -154,7 +153,7 @@ class UnpairedTrainer(PreferenceTrainer):
         """As OfflineTrainer; the reference point is estimated first, over all rows."""
         held = self.kl
         if self.uses_kl:
-            with self._evaluated_model() as model, preserved_randomness(), evaluating(model), torch.no_grad():
+            with self._evaluated_model() as model, preserved_randomness(), evaluating(model):
                 sums = [self._kl_sums(model, batch) for batch in dataloader]
             self._estimate_kl(torch.stack(sums).sum(0))
         try:
