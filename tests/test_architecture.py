@@ -18,7 +18,7 @@ ALLOWED = {
     "shared.objectives": {"shared.objectives"},
     "shared.builtin": CORE | {"shared.builtin"},
     "shared.data": CORE | {"shared.data", "shared.objectives", "shared.builtin", "shared.policies.base"},
-    "shared.rewards": CORE | {"shared.rewards", "shared.objectives", "shared.data"},
+    "shared.rewards": CORE | {"shared.rewards", "shared.objectives", "shared.data", "shared.builtin"},
     "shared.policies": CORE | {"shared.policies", "shared.objectives"},
     "shared.runtime": CORE | {"shared.runtime", "shared.objectives", "shared.builtin"},
     "shared.trainers": {"shared"},

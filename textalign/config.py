@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from shared.errors import UserError
 from shared.trainers.config import FOLLOWED, AlignConfig
+from shared.trainers.online_config import WithRecipe
 
 # what other versions of these configurations take -> what to do instead
 NOT_TAKEN = {
@@ -21,11 +22,23 @@ NOT_TAKEN = {
     "chars_per_token": "Leave it out: packed rows are made of tokens, not of characters.",
     "router_aux_loss_coef": "A router's auxiliary loss is not part of the objectives here: leave it out.",
     "use_liger_loss": "Leave it out: whole logits never exist here in any case.",
+    "vllm_mode": "Leave it out: the server that vllm_server_base_url names is used.",
+    "vllm_server_host": "Give the whole address, vllm_server_base_url.",
+    "vllm_server_port": "Give the whole address, vllm_server_base_url.",
+    "vllm_gpu_memory_utilization": "Give it to the server when it is started.",
+    "vllm_importance_sampling_clip_max": "It is called vllm_importance_sampling_cap.",
+    "cache_implementation": "Leave it out: the cache grows as it is needed.",
+    "use_transformers_paged": "Leave it out: finished completions leave the batch in any case.",
+    "log_unique_prompts": "Leave it out: tables show whole groups.",
+    "num_mini_batches": "Give steps_per_generation, or gradient_accumulation_steps.",
+    "rloo_k": "It is called num_generations.",
+    "kl_coef": "It is called beta.",
+    "response_length": "It is called max_completion_length.",
     "generate_during_eval": "Leave it out: eval_answers held-out rows are answered before and after training.",
 }
 
 
-class _TextConfigClass(type):
+class _TextConfigClass(WithRecipe):
     """Looks at the words before a dataclass does, which would answer with a bare TypeError."""
 
     def __call__(cls, *args: Any, trust_remote_code: bool | None = None, **given: Any):

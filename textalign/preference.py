@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -15,17 +14,8 @@ from shared.errors import UserError
 from shared.policies.token import TokenPolicy
 from shared.trainers.judging import Judge, load_judge
 from shared.trainers.preference import PreferenceTrainer
-from shared.trainers.reference import Cached, Reference, check_engine, make_reference
-from shared.trainers.reference_sync import SyncReference, load_reference, save_reference
 from textalign.preparing import TextRun, load_text_model, prepare_text
-from textalign.referenced import (
-    check_reference,
-    check_tokens_known,
-    fit_given_reference,
-    load_reference_model,
-    run_beforehand,
-    tokens_known,
-)
+from textalign.referenced import TextReference
 
 
 class TextPreferenceTrainer(PreferenceTrainer):
@@ -134,7 +124,7 @@ class TextPreferenceTrainer(PreferenceTrainer):
         return f"{type(self).__name__.removesuffix('Trainer')}: {self.run.model_name}"
 
 
-class TextReferenceTrainer(TextPreferenceTrainer):
+class TextReferenceTrainer(TextReference, TextPreferenceTrainer):
     """Base of the text trainers on preferences with a reference model.
 
     Args:
@@ -165,11 +155,7 @@ class TextReferenceTrainer(TextPreferenceTrainer):
         judge: Judge | None = None,
     ):
         args = self.config_class.of(args)
-        ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
-        has_adapter = peft_config is not None or hasattr(model, "peft_config")
-        check_reference(model, ref_model, args, train_dataset=train_dataset, has_adapter=has_adapter)
-        self.reference_given = ref_model
-        self.tokens_at_first = tokens_known(model, args)  # a model that is given is changed where tokens are added
+        self.take_reference(model, ref_model, args, train_dataset=train_dataset, peft_config=peft_config)
         super().__init__(
             model,
             args,
@@ -185,47 +171,3 @@ class TextReferenceTrainer(TextPreferenceTrainer):
             quantization_config=quantization_config,
             judge=judge,
         )
-
-    def reference_of(self, ref_model: str | nn.Module | None) -> Reference:
-        """The reference, as the options want it; run beforehand where they say so."""
-        args, tokenizer = self.args, self.run.tokenizer
-        options = {"num_shared_layers": args.ref_num_shared_layers, "load_in_8bit": args.ref_load_in_8bit}
-        check_engine(self.accelerator, synced=args.sync_ref_model, **options)
-        known = self.tokens_at_first
-        if ref_model is not None:
-            known = tokens_known(ref_model, args)
-            check_tokens_known(known, self.tokens_at_first, tokenizer)
-            if not isinstance(ref_model, str):
-                fit_given_reference(ref_model, args, tokenizer)
-
-        def made(beforehand: bool) -> Reference:
-            return make_reference(
-                self.model,
-                ref_model,
-                accelerator=self.accelerator,
-                policy=self.policy,
-                load=lambda name, **more: load_reference_model(name, args, tokenizer, **more),
-                name=self.loaded_from,
-                share_prefix=args.share_prefix,
-                synced=args.sync_ref_model,
-                beforehand=beforehand,
-                **options,
-            )
-
-        if args.precompute_ref_log_probs:
-            all_known = known >= len(tokenizer)
-            run_beforehand(self, ref_model, made, name=self.loaded_from, all_known=all_known)
-            return Cached()
-        reference = made(False)
-        if args.sync_ref_model:
-            every, alpha = args.ref_model_sync_steps, args.ref_model_mixup_alpha
-            self.add_callback(SyncReference(reference, every=every, alpha=alpha))
-        return reference
-
-    def save_extras(self, checkpoint: Path) -> None:
-        super().save_extras(checkpoint)
-        save_reference(self.model, self.reference, checkpoint, writes=self.args.should_save)
-
-    def load_extras(self, checkpoint: Path) -> None:
-        super().load_extras(checkpoint)
-        load_reference(self.model, self.reference, checkpoint)

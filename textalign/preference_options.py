@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shared.runtime.options import option
+from shared.trainers.reference_options import ReferenceModelOptions
 from textalign.options import TextOptions
 
 
@@ -31,29 +32,15 @@ class PreferenceOptions(TextOptions):
 
 
 @dataclass
-class ReferenceOptions(PreferenceOptions):
+class ReferenceOptions(PreferenceOptions, ReferenceModelOptions):
     """Preference optimisation against a reference model."""
 
-    ref_model_name_or_path: str | None = option(
-        None, "Reference model. Unset: the model as it is at the start (with an adapter: without it)."
-    )
-    ref_num_shared_layers: int | None = option(
-        None, "Freeze so many lower layers and share them with the reference, in memory and in computation."
-    )
-    ref_load_in_8bit: bool = option(False, "Hold the reference in 8 bits (bitsandbytes).")
     precompute_ref_log_probs: bool = option(
         False, "Run the reference once, before training, and keep what it gives on disk for this and later runs."
     )
     precompute_ref_batch_size: int | None = option(
         None, "Rows of a batch when the reference is run beforehand. Unset: per_device_train_batch_size."
     )
-    sync_ref_model: bool = option(
-        False, "Move the reference towards the model while training (TR-DPO, arXiv:2404.09656)."
-    )
-    ref_model_mixup_alpha: float = option(
-        0.6, "Share of the model in the reference at each move.", needs="sync_ref_model"
-    )
-    ref_model_sync_steps: int = option(512, "Steps between two moves of the reference.", needs="sync_ref_model")
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from shared.data.collators import left_padded
 from shared.data.rows import Rows
 from shared.data.schema import Kind
 from shared.data.tokenise import Tokeniser, TokenSummary, tokenise, tokenise_stream
@@ -71,15 +72,9 @@ class TextRun:
                 "max_new_tokens: so long an answer leaves no position for a prompt in this model. Give fewer, or "
                 "answer no rows (eval_answers 0)."
             )
-        asked = [self.tokeniser.ask(row) for row in rows]
-        prompts = [each.prompt_ids[-(self.longest_prompt or 0) :] for each in asked]
-        width = max(map(len, prompts))
-        ids = torch.full((len(asked), width), self.tokenizer.pad_token_id)
-        attention = torch.zeros_like(ids)
-        for at, prompt in enumerate(prompts):
-            ids[at, width - len(prompt) :] = torch.as_tensor(prompt)
-            attention[at, width - len(prompt) :] = 1
-        return {"input_ids": ids, "attention_mask": attention}, [each.answer or "" for each in asked]
+        asked = [self.tokeniser.ask(row, self.longest_prompt) for row in rows]
+        inputs = left_padded([each.prompt_ids for each in asked], self.tokenizer.pad_token_id)
+        return inputs, [each.answer or "" for each in asked]
 
     def tell(self, trainer: OfflineTrainer) -> None:
         """Put what was done to the rows into the trainer's report, and let it evaluate other rows of their kind."""
@@ -157,7 +152,7 @@ def prepare_text(
         options = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, "text_field": text_field}
         return Tokeniser(tokenizer, kind, **{**options, "on_bad_row": args.on_bad_row, **told(kind)})
 
-    run = TextRun(_name(model), tokenizer, kind, tokeniser(held_out_tokenising or tokenising), longest_prompt)
+    run = TextRun(name_of(model), tokenizer, kind, tokeniser(held_out_tokenising or tokenising), longest_prompt)
     train, held_out = checked_rows(train_dataset, eval_dataset, kind, args, text_field=text_field)
     if isinstance(train, Rows):
         run.train, summary = run.tokens(train, tokeniser(tokenising), args, "train")
@@ -180,7 +175,7 @@ def _fit_to_positions(model: str | nn.Module, args: Any) -> int | None:
     Raises:
         UserError: longer rows are asked for.
     """
-    config = load_config(model, **_hub_options(args)) if isinstance(model, str) else model.config
+    config = load_config(model, **hub_options(args)) if isinstance(model, str) else model.config
     positions = position_limit(config)
     if positions is None:
         return args.max_length
@@ -193,11 +188,11 @@ def _fit_to_positions(model: str | nn.Module, args: Any) -> int | None:
     return min(args.max_length, positions - args.max_new_tokens)
 
 
-def _name(model: str | nn.Module) -> str:
+def name_of(model: str | nn.Module) -> str:
     return model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
 
 
-def _hub_options(args: TextOptions) -> dict[str, Any]:
+def hub_options(args: TextOptions) -> dict[str, Any]:
     options = args.model_init_kwargs or {}
     return {name: options[name] for name in HUB_OPTIONS if name in options}
 
@@ -209,10 +204,10 @@ def load_tokenizer(model: str | nn.Module, args: TextOptions, given: Any = None)
         UserError: it cannot be found, or a token or template that is asked for does not exist.
     """
     if given is None:
-        name = _name(model) if isinstance(model, str) else model.config._name_or_path
+        name = name_of(model) if isinstance(model, str) else model.config._name_or_path
         if not name:
             raise UserError("processing_class is missing: this model does not say where its tokenizer is.")
-        given = load_processor(name, **_hub_options(args))
+        given = load_processor(name, **hub_options(args))
     tokenizer = getattr(given, "tokenizer", given)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(

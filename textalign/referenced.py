@@ -13,17 +13,69 @@ from shared.errors import UserError
 from shared.runtime.models import load_config, load_model
 from shared.trainers.keeping import preserved_randomness
 from shared.trainers.preference import PreferenceTrainer
-from shared.trainers.reference import FrozenCopy, Reference
+from shared.trainers.reference import Cached, FrozenCopy, Reference, check_engine
 from shared.trainers.reference_cache import precompute, weights_of_model, weights_of_name
 from shared.trainers.reference_checks import check_moves, check_reference_options, check_run_beforehand
-from textalign.preference_options import ReferenceOptions
-from textalign.preparing import HUB_OPTIONS, fit_to_tokenizer
+from shared.trainers.reference_options import ReferenceModelOptions
+from shared.trainers.referenced import Referenced
+from textalign.preparing import HUB_OPTIONS, TextRun, fit_to_tokenizer
+
+
+class TextReference(Referenced):
+    """What a text trainer with a reference adds to a trainer whose constructor makes its reference."""
+
+    args: Any
+    run: TextRun
+    reference_given: Any
+    tokens_at_first: int
+
+    def take_reference(
+        self, model: Any, ref_model: Any, args: ReferenceModelOptions, *, train_dataset: Any, peft_config: Any
+    ) -> None:
+        """Check what is asked for, and remember it; to be called before rows are read and the model is loaded.
+
+        Raises:
+            UserError: see check_reference.
+        """
+        ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
+        has_adapter = peft_config is not None or hasattr(model, "peft_config")
+        check_reference(model, ref_model, args, train_dataset=train_dataset, has_adapter=has_adapter)
+        self.reference_given = ref_model
+        self.tokens_at_first = tokens_known(model, args)  # a model that is given is changed where tokens are added
+
+    def load_reference(self, name: str, **options: Any) -> nn.Module:
+        return load_reference_model(name, self.args, self.run.tokenizer, **options)
+
+    def fit_reference(self, ref_model: str | nn.Module | None) -> None:
+        if ref_model is None:
+            return
+        check_tokens_known(tokens_known(ref_model, self.args), self.tokens_at_first, self.run.tokenizer)
+        if not isinstance(ref_model, str):
+            fit_given_reference(ref_model, self.args, self.run.tokenizer)
+
+    def reference_of(self, ref_model: str | nn.Module | None) -> Reference:
+        """The reference; run beforehand where the options say so."""
+        args = self.args
+        if not _beforehand(args):
+            return super().reference_of(ref_model)
+        known = self.tokens_at_first if ref_model is None else tokens_known(ref_model, args)
+        check_engine(self.accelerator, load_in_8bit=args.ref_load_in_8bit)
+        self.fit_reference(ref_model)
+        all_known = known >= len(self.run.tokenizer)
+        made = lambda beforehand: self.made_reference(ref_model, beforehand=beforehand)  # noqa: E731
+        run_beforehand(self, ref_model, made, name=self.loaded_from, all_known=all_known)
+        return Cached()
+
+
+def _beforehand(args: ReferenceModelOptions) -> bool:
+    """Whether the reference is run once, before training; of an online trainer's rows there are none to run it on."""
+    return bool(getattr(args, "precompute_ref_log_probs", False))
 
 
 def check_reference(
     model: str | nn.Module,
     ref_model: str | nn.Module | None,
-    args: ReferenceOptions,
+    args: ReferenceModelOptions,
     *,
     train_dataset: Any,
     has_adapter: bool,
@@ -47,16 +99,17 @@ def check_reference(
         num_shared_layers=args.ref_num_shared_layers,
         load_in_8bit=args.ref_load_in_8bit,
         synced=args.sync_ref_model,
-        beforehand=args.precompute_ref_log_probs,
+        beforehand=_beforehand(args),
     )
     if args.sync_ref_model:
         check_moves(every=args.ref_model_sync_steps, alpha=args.ref_model_mixup_alpha)
-    check_run_beforehand(train_dataset if args.precompute_ref_log_probs else None, args.precompute_ref_batch_size)
+    if _beforehand(args):
+        check_run_beforehand(train_dataset, args.precompute_ref_batch_size)
     if isinstance(ref_model, str):
         _config_of(ref_model, args)
 
 
-def tokens_known(model: str | nn.Module, args: ReferenceOptions) -> int:
+def tokens_known(model: str | nn.Module, args: ReferenceModelOptions) -> int:
     """How many tokens a model has embeddings for; of a model given by name nothing but its configuration is read."""
     if isinstance(model, str):
         return _config_of(model, args).get_text_config().vocab_size
@@ -86,7 +139,7 @@ def check_tokens_known(reference: int, policy: int, tokenizer: PreTrainedTokeniz
 
 
 def load_reference_model(
-    name: str, args: ReferenceOptions, tokenizer: PreTrainedTokenizerBase, **options: Any
+    name: str, args: ReferenceModelOptions, tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> nn.Module:
     """A reference model by its name, frozen; what of it is drawn is drawn as the policy's.
 
@@ -107,7 +160,7 @@ def load_reference_model(
     return model
 
 
-def fit_given_reference(model: nn.Module, args: ReferenceOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+def fit_given_reference(model: nn.Module, args: ReferenceModelOptions, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a reference model embeddings of the tokens that were added, drawn as the policy's."""
     with preserved_randomness():
         set_seed(args.seed)
@@ -165,7 +218,7 @@ def run_beforehand(
         trainer.eval_dataset = precompute(reference, held_out, collator, what="eval", **options)
 
 
-def _config_of(name: str, args: ReferenceOptions) -> Any:
+def _config_of(name: str, args: ReferenceModelOptions) -> Any:
     init = args.model_init_kwargs or {}
     return load_config(name, **{option: init[option] for option in HUB_OPTIONS if option in init})
 

@@ -1,10 +1,11 @@
 """Small models and data sets that every script can run on with no network.
 
-A model is a directory with a configuration and a processor (or tokenizer). All but one have *no weights*: they are
-drawn from a seed when the model is loaded (`shared.builtin.models`), so there is nothing to download and training
-starts from nothing. `builtin/lm-small-sft` is `builtin/lm-small` after a short supervised fine-tuning by
-`shared.builtin.make_lm`, a start for the trainers that need a model that can already write. A data set is drawn or
-read when it is loaded. Importing this package loads neither torch nor datasets.
+A model is a directory with a configuration and a processor (or tokenizer). `builtin/vlm-small`, `builtin/lm-small` and
+`builtin/gemma3-small` have *no weights*: they are drawn from a seed when the model is loaded
+(`shared.builtin.models`), so there is nothing to download and training starts from nothing. The others are short
+trainings of these, a start for the trainers that need a model that can already answer, or score:
+`builtin/lm-small-sft` is made by `shared.builtin.make_lm`, the rest by `scripts/make_builtin_models.py`, and each has
+a card. A data set is drawn or read when it is loaded. Importing this package loads neither torch nor datasets.
 """
 
 from __future__ import annotations
@@ -25,20 +26,27 @@ _HERE = Path(__file__).parent
 # Name -> directory of the model.
 MODELS: dict[str, Path] = {
     "builtin/vlm-small": _HERE / "vlm_small",
+    "builtin/vlm-small-sft": _HERE / "vlm_small_sft",
     "builtin/lm-small": _HERE / "lm_small",
     "builtin/lm-small-sft": _HERE / "lm_small_sft",
+    "builtin/lm-tldr-sft": _HERE / "lm_tldr_sft",
+    "builtin/rm-reviews": _HERE / "rm_reviews",
     "builtin/gemma3-small": _HERE / "gemma3_small",
 }
 
 # Name -> module and function `(split) -> datasets.Dataset`, imported when it is asked for.
 DATASETS: dict[str, str] = {
     "builtin/shapes": "shared.builtin.shapes:load",
+    "builtin/shapes-prompts": "shared.builtin.shapes:load_prompts",
     "builtin/digits": "shared.builtin.digits:load",
     "builtin/arithmetic": "shared.builtin.arithmetic:load",
     "builtin/arithmetic-prompts": "shared.builtin.arithmetic:load_prompts",
     "builtin/reviews": "shared.builtin.reviews:load",
     "builtin/reviews-preference": "shared.builtin.reviews:load_preference",
     "builtin/reviews-unpaired": "shared.builtin.reviews:load_unpaired",
+    "builtin/reviews-graded": "shared.builtin.graded:load",
+    "builtin/tldr": "shared.builtin.tldr:load",
+    "builtin/tldr-prompts": "shared.builtin.tldr:load_prompts",
     "builtin/steps": "shared.builtin.steps:load",
     "builtin/docstrings": "shared.builtin.docstrings:load",
 }

@@ -42,7 +42,7 @@ def load_model(name: str, seed: int = 0, head: str | None = None, **options: Any
     """
     config = load_config(name, **options)
     model_class = _model_class(name, config, head)
-    with torch.random.fork_rng(devices=[]), _whole_layers():
+    with torch.random.fork_rng(devices=[]), whole_layers():
         torch.manual_seed(seed)
         model = model_class(config)
     if (model_path(name) / WEIGHTS).is_file():
@@ -97,10 +97,10 @@ def _put_weights(model: PreTrainedModel, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _whole_layers() -> Iterator[None]:
-    """Under ZeRO-3 transformers shards each layer as it is made, and draws other weights then.
+def whole_layers() -> Iterator[None]:
+    """Models are made whole here: under ZeRO-3 transformers shards each layer as it is made.
 
-    The engine shards the whole model later.
+    It draws other weights then; and the engine shards later what it trains, while a reward model is run without one.
     """
     held = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed._hf_deepspeed_config_weak_ref = None

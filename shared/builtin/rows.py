@@ -35,26 +35,31 @@ def png(pixels_HW3: np.ndarray) -> bytes:
 
 def to_dataset(questions: Sequence[Question]) -> Dataset:
     """Rows of `images`, `messages`, `kind` in memory: nothing is written to the data set cache."""
+    return _dataset(questions, {"messages": [[_asked(q), _answered(q)] for q in questions]})
+
+
+def to_prompts(questions: Sequence[Question]) -> Dataset:
+    """Rows of `images`, `prompt` (the user's turn), `solution` (the answer as text), `kind`, likewise in memory."""
+    return _dataset(questions, {"prompt": [[_asked(q)] for q in questions], "solution": [q.answer for q in questions]})
+
+
+def _dataset(questions: Sequence[Question], columns: dict[str, list]) -> Dataset:
     from datasets import Dataset, Features, Image, List, Value
 
-    part = {"type": Value("string"), "text": Value("string")}
-    features = Features(
-        {
-            "images": List(Image()),
-            "messages": List({"role": Value("string"), "content": List(part)}),
-            "kind": Value("string"),
-        }
-    )
+    turns = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+    types = {"images": List(Image()), "messages": turns, "prompt": turns}
     columns = {
         "images": [[{"bytes": q.png, "path": None}] for q in questions],
-        "messages": [_messages(q) for q in questions],
+        **columns,
         "kind": [q.kind for q in questions],
     }
+    features = Features({name: types.get(name, Value("string")) for name in columns})
     return Dataset.from_dict(columns, features=features)
 
 
-def _messages(question: Question) -> list[dict]:
-    return [
-        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": question.text}]},
-        {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
-    ]
+def _asked(question: Question) -> dict:
+    return {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": question.text}]}
+
+
+def _answered(question: Question) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}

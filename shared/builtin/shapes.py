@@ -1,4 +1,4 @@
-"""`builtin/shapes`: questions about drawn pictures of one to three coloured shapes.
+"""`builtin/shapes` and its prompts: questions about drawn pictures of one to three coloured shapes.
 
 A picture is 48 x 48 pixels, black, divided into 3 x 3 cells; each shape fills a cell and no two have the same form.
 What is where (the *layout*) decides by its hash whether a picture belongs to the training or the held-out set, so the
@@ -8,6 +8,7 @@ two are disjoint whatever the seed. Everything is drawn from the seed in about a
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from functools import cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from shared.builtin.rows import IMAGE_SIZE, Question, png, to_dataset
+from shared.builtin.rows import IMAGE_SIZE, Question, png, to_dataset, to_prompts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,6 +38,7 @@ COUNTS = ("0", "1", "2", "3")
 # them and takes more rows.
 TRAIN_ROWS = {"colour": 1000, "shape": 2400, "where": 800, "count": 400, "describe": 1600}
 TEST_ROWS = {"colour": 200, "shape": 200, "where": 100, "count": 100, "describe": 100}
+PROMPT_ROWS = {"train": {"where": 2000, "count": 2000}, "test": {"where": 100, "count": 100}}
 
 _CELL = IMAGE_SIZE // 3
 _SIZES = (14, 15, 16)  # pixels across; with smaller ones the form is learnt late
@@ -56,11 +58,19 @@ Layout = tuple[Shape, ...]  # sorted by cell
 
 def load(split: str, seed: int = 0) -> Dataset:
     """Draw the "train" or "test" rows; the same seed gives the same bytes."""
-    rows_of_kind = TRAIN_ROWS if split == "train" else TEST_ROWS
-    rng = random.Random(f"shapes {split} {seed}")
+    return to_dataset(_draw("shapes", split, TRAIN_ROWS if split == "train" else TEST_ROWS, seed))
+
+
+def load_prompts(split: str, seed: int = 0) -> Dataset:
+    """Rows of `images`, `prompt` (a chat of one turn), `solution` and `kind`: where, and how many; to reward by."""
+    return to_prompts(_draw("shapes-prompts", split, PROMPT_ROWS[split], seed))
+
+
+def _draw(name: str, split: str, rows_of_kind: Mapping[str, int], seed: int) -> list[Question]:
+    rng = random.Random(f"{name} {split} {seed}")
     kinds = [kind for kind, rows in rows_of_kind.items() for _ in range(rows)]
     rng.shuffle(kinds)
-    return to_dataset([draw_question(kind, split, rng) for kind in kinds])
+    return [draw_question(kind, split, rng) for kind in kinds]
 
 
 def draw_question(kind: str, split: str, rng: random.Random) -> Question:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,16 +38,20 @@ Row = tuple[list[int], list[int]]  # token ids, and 1 where the token is learnt
 
 def make_weights(directory: Path) -> None:
     """Train the model; write its weights and, measured on what was written, its card into its directory."""
-    from safetensors.torch import save_file
-
-    model = train(load_model(START, SEED), load_processor(START))
-    weights = {key: value.to(SHIPPED).contiguous() for key, value in model.named_parameters()}
-    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / WEIGHTS).chmod(0o644)  # it is written for its owner alone
+    save_weights(train(load_model(START, SEED), load_processor(START)), directory)
     model, tokenizer = load_model(TRAINED).eval(), load_processor(TRAINED)
     text = card(arithmetic_accuracy(model, tokenizer), *review_shares(model, tokenizer, MEASURED))
     (directory / CARD).write_text(text, encoding="utf-8")
     print(text)
+
+
+def save_weights(model: PreTrainedModel, directory: Path) -> None:
+    """Write the weights as they are shipped: tied ones once, in `SHIPPED`."""
+    from safetensors.torch import save_file
+
+    weights = {key: value.detach().to(SHIPPED).contiguous() for key, value in model.named_parameters()}
+    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / WEIGHTS).chmod(0o644)  # it is written for its owner alone
 
 
 def card(accuracy: float, positive: float, faultless: float) -> str:
@@ -142,7 +146,6 @@ def review_shares(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ro
     return sum(positive) / rows, sum(faultless) / rows
 
 
-@torch.no_grad()
 def reply(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: list, max_new_tokens: int, *, sample: bool
 ) -> list[str]:
@@ -156,6 +159,19 @@ def reply(
         padding=True,
         tokenizer_kwargs={"padding_side": "left"},
     )
+    return complete(model, tokenizer, inputs, max_new_tokens, sample=sample)
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    inputs: Mapping[str, torch.Tensor],
+    max_new_tokens: int,
+    *,
+    sample: bool,
+) -> list[str]:
+    """What the model adds to left-padded inputs, greedy or sampled at temperature 1 from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=sample, top_k=0 if sample else None)

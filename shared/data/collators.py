@@ -209,6 +209,16 @@ class StepCollator:
         return batch
 
 
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """Prompts to be continued, as a model's `generate` takes them: `input_ids` `(P, L)` and `attention_mask`."""
+    lengths = [len(prompt) for prompt in prompts]
+    width = max(lengths)
+    return {
+        "input_ids": _padded(prompts, width, pad_id, left=True),
+        "attention_mask": _attention(lengths, width).flip(1),
+    }
+
+
 def _grouped(
     rows: Sequence[Row], answers: list[np.ndarray], counted: list[bool], group: int, pad_id: int, multiple: int | None
 ) -> GroupedBatch:

@@ -119,8 +119,12 @@ class Writer:
         elif self.kind is Kind.STEPWISE:
             row = {**row, "completion": self.step_separator.join(row["completions"])}
         prompt, answer = row.get("prompt"), row.get(name)
-        if self.kind is not Kind.MESSAGES and isinstance(prompt, str) and isinstance(answer, str):
-            return Text(prompt, None, ends=False), answer
+        alone = self.kind is Kind.PROMPT_ONLY
+        if self.kind is not Kind.MESSAGES and isinstance(prompt, str) and (alone or isinstance(answer, str)):
+            return Text(prompt, None, ends=False), "" if alone else answer
+        if alone:
+            chat = _text_only(read_conversation(row, number, "prompt", None))
+            return Text(self._render(chat, add_generation_prompt=True).text, None, plain=False, ends=False), ""
         if self.kind in (Kind.MESSAGES, Kind.PROMPT_COMPLETION):
             conversation = to_conversation(row, number, self.kind)
         else:

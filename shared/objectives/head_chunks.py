@@ -66,15 +66,23 @@ class Plan:
     entropy: bool
     collision: bool
     dtype: torch.dtype  # of the matrix products, as nn.Linear would choose it
+    entropy_gradient: bool = False  # of `head_log_probs`: whether the entropy is differentiable
 
     @classmethod
     def of(
-        cls, hidden: Tensor, transform: HeadTransform, chunk_size: int | None, *, entropy: bool, collision: bool
+        cls,
+        hidden: Tensor,
+        transform: HeadTransform,
+        chunk_size: int | None,
+        *,
+        entropy: bool,
+        collision: bool,
+        entropy_gradient: bool = False,
     ) -> Plan:
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        return cls(transform, chunk_size, entropy, collision, dtype)
+        return cls(transform, chunk_size, entropy or entropy_gradient, collision, dtype, entropy_gradient)
 
 
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -84,8 +92,8 @@ def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
 class ChunkedHead:
     """The head over N tokens, with one set of buffers that all chunks use in turn.
 
-    For each part in `parts`: `stats(part)`, then if wanted `add_gradients(part, d loss / d logp)`, which works on what
-    `stats` left in the buffers.
+    For each part in `parts`: `stats(part)`, then if wanted `add_gradients(part, d loss / d logp, d loss / d entropy)`,
+    which works on what `stats` left in the buffers.
 
     Args:
         needs: whether the gradients of hidden, weight and bias are wanted.
@@ -150,8 +158,9 @@ class ChunkedHead:
             norm = torch.linalg.vector_norm(self._exp, dim=-1, keepdim=True)
             collision = norm.log().sub_(log_total).mul_(2).squeeze(1)
         if self._spare is not None:
-            mean_logit = logits.mul_(self._exp).sum(-1, keepdim=True).div_(self._total)
-            entropy = (log_total - mean_logit).squeeze(1)
+            self._weighted = logits.mul_(self._exp)
+            self._mean_logit = self._weighted.sum(-1, keepdim=True).div_(self._total)
+            entropy = (log_total - self._mean_logit).squeeze(1)
         return TokenStats(logp, entropy, correct.squeeze(1), collision)
 
     def _transformed(self, part: slice) -> Tensor:
@@ -176,19 +185,26 @@ class ChunkedHead:
             logits.mul_(self._slope)
         return logits
 
-    def add_gradients(self, part: slice, logp_gradient: Tensor) -> None:
-        """Add what one chunk gives to the gradients, from `(n,)` d loss / d logp.
+    def add_gradients(self, part: slice, logp_gradient: Tensor, entropy_gradient: Tensor | None = None) -> None:
+        """Add what one chunk gives to the gradients, from `(n,)` d loss / d logp and, where given, d loss / d entropy.
 
-        d logp / d logits = onehot(target) - softmax, times the transform's slope.
+        Times the transform's slope, with p the softmax of logits z:
+        d logp / dz = onehot(target) - p, and d entropy / dz = -p (log p + entropy) = -p (z - Σ p z).
         """
         unit = None
+        factors = [g.unsqueeze(1) for g in (logp_gradient, entropy_gradient) if g is not None]
         if self.plan.dtype == torch.float16:
-            unit = logp_gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-            logp_gradient = logp_gradient / unit
-        factor = logp_gradient.unsqueeze(1)
+            unit = torch.cat(factors).abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+            factors = [factor / unit for factor in factors]
         if isinstance(self._slope, float):
-            factor = factor * self._slope
-        gradient = self._exp.mul_(-factor / self._total).scatter_add_(1, self.targets[part], factor)
+            factors = [factor * self._slope for factor in factors]
+        factor, of_exp = factors[0], -factors[0]
+        if entropy_gradient is not None:
+            of_exp = of_exp + factors[1] * self._mean_logit
+        gradient = self._exp.mul_(of_exp / self._total)
+        if entropy_gradient is not None:
+            gradient.addcmul_(self._weighted, factors[1] / self._total, value=-1)
+        gradient.scatter_add_(1, self.targets[part], factor)
         if isinstance(self._slope, Tensor):
             gradient.mul_(self._slope)
         if self.bias_gradient is not None:

@@ -7,9 +7,10 @@ The language-model head is applied to the counted tokens alone, some rows at a t
 - `head_log_probs`, for anything else: differentiable log-probabilities. The backward pass runs the head again, so four
   matrix products a chunk.
 
-Both work on plain tensors: a head that an engine shards is to be gathered by whoever calls. They give one
-log-probability a token, so an objective on the whole distribution (label smoothing, a divergence) is not served here.
-Neither can be differentiated twice.
+Either can give the entropies of the distributions a gradient too, as a bonus for exploration, out of buffers that are
+there anyway. Both work on plain tensors: a head that an engine shards is to be gathered by whoever calls. They give
+one log-probability a token, so an objective on the whole distribution (label smoothing, a divergence) is not served
+here. Neither can be differentiated twice.
 
 Dimension letters: N counted tokens, V vocabulary, H hidden size, n rows of one chunk.
 """
@@ -39,6 +40,7 @@ def head_log_probs(
     chunk_size: int | None = None,
     entropy: bool = False,
     collision: bool = False,
+    entropy_gradient: bool = False,
 ) -> TokenStats:
     """Log-probability of each target under `softmax(transform(hidden @ weight.T + bias))`.
 
@@ -51,14 +53,16 @@ def head_log_probs(
         bias: `(V,)`.
         transform: what the model does to its logits; None: nothing.
         chunk_size: rows of logits that exist at once; None: chosen by V and H.
-        entropy: also give the entropies (no gradient flows through them).
-        collision: also give the log collision probabilities log Σ_v p_v² (likewise).
+        entropy: also give the entropies.
+        collision: also give the log collision probabilities log Σ_v p_v² (no gradient flows through them).
+        entropy_gradient: give the entropies, differentiable.
 
     Returns:
-        The tokens' figures; `logp` is differentiable in hidden, weight and bias.
+        The tokens' figures; `logp` is differentiable in hidden, weight and bias, and so is `entropy` if asked for.
     """
     transform = transform or HeadTransform()
-    plan = Plan.of(hidden_NH, transform, chunk_size, entropy=entropy, collision=collision)
+    wanted = {"entropy": entropy, "collision": collision, "entropy_gradient": entropy_gradient}
+    plan = Plan.of(hidden_NH, transform, chunk_size, **wanted)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias)):
         return TokenStats(*_HeadLogProbs.apply(hidden_NH, weight_VH, bias, targets_N, plan))
     with no_autocast(hidden_NH):
@@ -76,6 +80,7 @@ def head_objective(
     chunk_size: int | None = None,
     entropy: bool = False,
     collision: bool = False,
+    entropy_weights: Tensor | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Sum over tokens of an objective of their log-probabilities, with its gradients computed in the forward pass.
 
@@ -86,19 +91,24 @@ def head_objective(
         hidden_NH, weight_VH, targets_N, bias, transform, chunk_size, entropy, collision: see `head_log_probs`.
         objective: gets the log-probabilities `(n,)` of some tokens and the slice of the N tokens that they are; gives
             their losses `(n,)`, weighted: `lambda logp, part: -weights_N[part] * logp`. Not called when N is 0.
+        entropy_weights: `(N,)` w: adds `Σ w · entropy` to the loss, with its gradient; negative for a bonus. The
+            entropies are then among the figures.
 
     Returns:
         The scalar loss, and the tokens' figures without gradient. With N = 0 the loss is 0 and so are its gradients.
     """
     transform = transform or HeadTransform()
+    entropy = entropy or entropy_weights is not None
     plan = Plan.of(hidden_NH, transform, chunk_size, entropy=entropy, collision=collision)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias)):
-        loss, *stats = _HeadObjective.apply(hidden_NH, weight_VH, bias, targets_N, objective, plan)
+        loss, *stats = _HeadObjective.apply(hidden_NH, weight_VH, bias, targets_N, objective, entropy_weights, plan)
         return loss, TokenStats(*stats)
     with no_autocast(hidden_NH), torch.no_grad():
         head = ChunkedHead(hidden_NH, weight_VH, bias, targets_N, plan)
         stats = head.all_stats()
         losses = [objective(stats.logp[part], part).sum() for part in head.parts]
+        if entropy_weights is not None:
+            losses.append((stats.entropy * entropy_weights.to(stats.entropy)).sum())
         return sum(losses, start=stats.logp.new_zeros(())), stats
 
 
@@ -110,19 +120,20 @@ class _HeadLogProbs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets)
         with no_autocast(hidden):
             stats = ChunkedHead(hidden, weight, bias, targets, plan).all_stats()
-        ctx.mark_non_differentiable(*(t for t in stats[1:] if t is not None))
+        fixed = stats._replace(logp=None, entropy=None if plan.entropy_gradient else stats.entropy)
+        ctx.mark_non_differentiable(*(t for t in fixed if t is not None))
         return tuple(stats)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, logp_gradient: Tensor, *_: Tensor):
+    def backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor | None, *_: Tensor):
         hidden, weight, bias, targets = ctx.saved_tensors
-        plan = replace(ctx.plan, entropy=False, collision=False)
+        plan = replace(ctx.plan, entropy=ctx.plan.entropy_gradient, collision=False)
         with no_autocast(hidden):
             head = ChunkedHead(hidden, weight, bias, targets, plan, ctx.needs_input_grad[:3])
             for part in head.parts:
                 head.stats(part)
-                head.add_gradients(part, logp_gradient[part])
+                head.add_gradients(part, logp_gradient[part], entropy_gradient[part] if plan.entropy else None)
         return *_cast(head.gradients(), _dtypes(hidden, weight, bias)), None, None
 
 
@@ -135,6 +146,7 @@ class _HeadObjective(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         objective: TokenObjective,
+        entropy_weights: Tensor | None,
         plan: Plan,
     ):
         with no_autocast(hidden):
@@ -146,7 +158,11 @@ class _HeadObjective(torch.autograd.Function):
                 collected.put(part, stats)
                 part_loss, logp_gradient = _token_gradient(objective, stats.logp, part)
                 loss += part_loss
-                head.add_gradients(part, logp_gradient)
+                entropy_gradient = None
+                if entropy_weights is not None:
+                    entropy_gradient = entropy_weights[part].to(stats.entropy)
+                    loss += (stats.entropy * entropy_gradient).sum()
+                head.add_gradients(part, logp_gradient, entropy_gradient)
         # Not by save_for_backward: that would hold on to them, and so force a second copy of the weight's gradient.
         ctx.gradients = head.gradients()
         ctx.dtypes = _dtypes(hidden, weight, bias)
@@ -164,7 +180,7 @@ class _HeadObjective(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [None if g is None else g.mul_(loss_gradient) for g in gradients]
-        return *_cast(scaled, ctx.dtypes), None, None, None
+        return *_cast(scaled, ctx.dtypes), None, None, None, None
 
 
 def _token_gradient(objective: TokenObjective, logp: Tensor, part: slice) -> tuple[Tensor, Tensor]:

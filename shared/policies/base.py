@@ -74,6 +74,11 @@ class GroupedBatch:
             columns=columns,
         )
 
+    @property
+    def action_mask(self) -> Tensor:
+        """`(B, T)`, 1 where the objective counts the action: the name under which an online trainer asks for it."""
+        return self.completion_mask
+
     def counted_tokens(self) -> Tensor:
         """Scalar: the tokens that the objective counts."""
         return self.completion_mask.sum()

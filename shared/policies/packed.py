@@ -127,11 +127,11 @@ class PackedPolicy(TokenPolicy):
         self.attention: str = self._config._attn_implementation
         self._one_row = wants_one_row(model)
 
-    def token_objective(
+    def action_objective(
         self, model: nn.Module, batch: GroupedBatch, objective: Callable, **options: Any
     ) -> tuple[Tensor, TokenStats]:
         """As TokenPolicy; the first token of each document is not counted, since nothing predicts it."""
-        return super().token_objective(model, self._laid_out(model, batch), objective, **options)
+        return super().action_objective(model, self._laid_out(model, batch), objective, **options)
 
     def log_probs(self, model: nn.Module, batch: GroupedBatch, **options: Any) -> LogProbs:
         """As TokenPolicy; the first token of each document is not counted, since nothing predicts it."""

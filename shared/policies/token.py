@@ -40,6 +40,8 @@ class HeadCall:
     objective: TokenObjective | None = None
     entropy: bool = False
     collision: bool = False
+    entropy_weights: Tensor | None = None  # (N,), with an objective
+    entropy_gradient: bool = False  # without one
     prefix: GroupedBatch | None = None  # prompts to run once for their completions, in place of the other inputs
     half: bool = False  # said by the head: whether it ran in half precision
 
@@ -120,8 +122,14 @@ class TokenPolicy:
         enabled = share_prefix and self.fused and not learns_prompt
         self.sharing = PrefixSharing(inner, getattr(inner, inner.base_model_prefix, None), enabled=enabled)
 
-    def token_objective(
-        self, model: nn.Module, batch: GroupedBatch, objective: TokenObjective, *, entropy: bool = False
+    def action_objective(
+        self,
+        model: nn.Module,
+        batch: GroupedBatch,
+        objective: TokenObjective,
+        *,
+        entropy: bool = False,
+        entropy_weights: Tensor | None = None,
     ) -> tuple[Tensor, TokenStats]:
         """Sum of an objective that is separable by token, with its gradient computed in the forward pass.
 
@@ -130,15 +138,22 @@ class TokenPolicy:
             batch: rows; N of their tokens are counted.
             objective: gets `(n,)` log-probabilities and which of the N tokens they are; gives `(n,)` weighted losses.
             entropy: also measure the policy's entropy at the counted tokens.
+            entropy_weights: `(N,)`, row by row: adds `Σ weight · entropy` to the loss, with its gradient.
 
         Returns:
             The scalar loss and the detached statistics of the N tokens, row by row.
         """
-        call = HeadCall(*_predicted(batch), self.transform, objective, entropy)
+        call = HeadCall(*_predicted(batch), self.transform, objective, entropy, entropy_weights=entropy_weights)
         return self._run(model, batch, call)
 
     def log_probs(
-        self, model: nn.Module, batch: GroupedBatch, *, entropy: bool = False, collision: bool = False
+        self,
+        model: nn.Module,
+        batch: GroupedBatch,
+        *,
+        entropy: bool = False,
+        collision: bool = False,
+        entropy_gradient: bool = False,
     ) -> LogProbs:
         """Log-probabilities `(B, T)` of the completions' tokens; 0 where the mask is 0.
 
@@ -147,8 +162,10 @@ class TokenPolicy:
             batch: rows; the first token of a row that has no prompt is not counted, since nothing predicts it.
             entropy: also give the policy's entropy at each token.
             collision: also give log Σ_v p_v² at each token.
+            entropy_gradient: give the entropy, differentiable as the log-probabilities are.
         """
-        call = HeadCall(*_predicted(batch), self.transform, entropy=entropy, collision=collision)
+        options = {"entropy": entropy, "collision": collision, "entropy_gradient": entropy_gradient}
+        call = HeadCall(*_predicted(batch), self.transform, **options)
         _, stats = self._run(model, batch, call)
         return _on_grid(stats, _counted(batch))
 
@@ -287,11 +304,13 @@ def _head_forward(plain: Callable) -> Callable:
             "entropy": head_call.entropy,
             "collision": head_call.collision,
         }
+        inputs = (hidden, self.weight, head_call.targets)
         if head_call.objective is None:
-            stats = head_log_probs(hidden, self.weight, head_call.targets, **options)
+            stats = head_log_probs(*inputs, **options, entropy_gradient=head_call.entropy_gradient)
             loss = stats.logp.new_zeros(())
         else:
-            loss, stats = head_objective(hidden, self.weight, head_call.targets, head_call.objective, **options)
+            options["entropy_weights"] = head_call.entropy_weights
+            loss, stats = head_objective(*inputs, head_call.objective, **options)
         return loss, *stats
 
     return forward
@@ -330,10 +349,15 @@ def _from_logits(logits: Tensor, call: HeadCall) -> tuple[Tensor | None, ...]:
     logp_all = (logits.float() / call.transform.temperature).log_softmax(-1)
     logp = logp_all.gather(1, call.targets.unsqueeze(1)).squeeze(1)
     fixed = logp_all.detach()
-    entropy = -(fixed.exp() * fixed).sum(-1) if call.entropy else None
+    bonus = call.entropy_weights is not None
+    of = logp_all if bonus or call.entropy_gradient else fixed
+    entropy = -(of.exp() * of).sum(-1) if call.entropy or of is logp_all else None
     collision = (2 * fixed).logsumexp(-1) if call.collision else None
     correct = fixed.argmax(-1) == call.targets
     if call.objective is None:
         return logp.new_zeros(()), logp, entropy, correct, collision
     loss = call.objective(logp, slice(0, logp.shape[0])).sum()
+    if bonus:
+        loss = loss + (call.entropy_weights * entropy).sum()
+        entropy = entropy.detach()
     return loss, logp.detach(), entropy, correct, collision

@@ -13,10 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from shared.builtin import is_builtin, model_path
+from shared.builtin.models import whole_layers
 from shared.data.rows import ROW
 from shared.data.schema import Kind
 from shared.data.tokenise import Tokeniser
 from shared.errors import DataError, UserError
+from shared.rewards.base import text_of
 
 HEADS = {"ForSequenceClassification": 1, "ForTokenClassification": 2}  # kind of model -> outputs of its head
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}  # by PEFT's name
@@ -31,7 +34,8 @@ class RewardModel:
     last step, of the worst one, or the mean over all. Steps are what the separator divides a completion into.
 
     Args:
-        model: hub id or folder of a model with a score head, or of an adapter trained on one; or a loaded model.
+        model: hub id, folder or built-in name of a model with a score head, or of an adapter trained on one; or a
+            loaded model.
         tokenizer: the model's; loaded beside a model that is given by name.
         batch_size: rows that are scored at once.
         max_length: longer rows are cut as in training; None: no cut.
@@ -70,7 +74,8 @@ class RewardModel:
         self.device, self._placed = device, not isinstance(model, str)
         self.__name__ = Path(model).name if isinstance(model, str) else type(model).__name__
         if isinstance(model, str):
-            model, tokenizer = _load(model, tokenizer, options)
+            with whole_layers():
+                model, tokenizer = _load(str(model_path(model)) if is_builtin(model) else model, tokenizer, options)
         if tokenizer is None:
             raise UserError("tokenizer is missing: give the one that belongs to the model.")
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -111,7 +116,7 @@ class RewardModel:
         """Rows of `input_ids`, of a process-reward model with their `step_ends`."""
         rows, found = {}, {}
         for at, (prompt, completion) in enumerate(pairs):
-            said = _text(completion)
+            said = text_of(completion)
             if self.by_step:
                 steps = [step for step in said.split(self.step_separator) if step.strip()] or [""]
                 rows[at] = {"prompt": prompt, "completions": steps, "labels": [True] * len(steps)}
@@ -149,22 +154,15 @@ class RewardModel:
         """Where the model is; put there at the first call, when each process has taken its device."""
         if not self._placed:
             self._placed = True
-            device = self.device
-            if device is None and torch.accelerator.is_available():
-                device = torch.device(
-                    torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index()
-                )
-            self.model.to(device or "cpu")
+            self.model.to(self.device or current_device())
         return next(self.model.parameters()).device
 
 
-def _text(completion: Any) -> str:
-    """What a completion says: itself, or the texts of its messages."""
-    if isinstance(completion, str):
-        return completion
-    contents = [message.get("content") or "" for message in completion]
-    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
-    return "".join(part.get("text") or "" for content in parts for part in content)
+def current_device() -> torch.device:
+    """The accelerator that this process has taken, or the CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
 
 
 def _kind(model: nn.Module) -> str:
@@ -174,7 +172,8 @@ def _kind(model: nn.Module) -> str:
     if inner.config.num_labels != labels:
         raise UserError(
             f"A {kind} with {inner.config.num_labels} labels is no reward model. A reward model has one label "
-            "(ForSequenceClassification), a process-reward model two (ForTokenClassification)."
+            "(ForSequenceClassification), a process-reward model two (ForTokenClassification). A classifier is named "
+            "sentiment-analysis:MODEL:LABEL."
         )
     return kind
 

@@ -1,10 +1,368 @@
-"""Answers from a model in this process, by transformers' own generate; greedy, for evaluation."""
+"""Completions of prompts from a model in this process, for training on them and for evaluation.
+
+An engine is a `Generator`. The one here runs each prompt (with its images) once, copies its key/value cache to the
+group and decodes all rows together, without those that have finished; what it gives as log-probabilities is in the
+numerics of the model that it is given. It does not switch the model to evaluation mode: its caller does.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import logging
+import weakref
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
+
+from shared.errors import UserError
+from shared.runtime.generation_cache import UnknownCache
+from shared.runtime.generation_loop import Decoder, Passes, Past, split_extras, trimmed
+from shared.runtime.generation_sampling import Drawer, Sampling, StopStrings
+from shared.runtime.generation_sharded import largest, sharded, whole_weights
+from shared.runtime.generation_whole import generate_rows
+
+__all__ = ["Completions", "Generator", "InProcessGenerator", "Sampling", "greedy_answers"]
+
+logger = logging.getLogger(__name__)
+
+_MODEL_CANNOT = (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, IndexError)
+_CHECKED = 4  # tokens that the loop and `generate` have to agree on
+_CHECKED_PROMPT = 64
+
+
+@dataclass
+class Completions:
+    """What an engine made: B = P*G rows, prompt by prompt.
+
+    Args:
+        ids: `(n_i,)` int64 on the CPU, the ending token included.
+        logp: `(n_i,)` float32, under softmax(logits / temperature) of the whole vocabulary, before penalty and
+            filters; at temperature 0 of the logits as they are. None where the engine cannot tell.
+        finished: whether a row ended by an end token or a stop string; False: it was cut at max_new_tokens.
+    """
+
+    ids: list[Tensor]
+    logp: list[Tensor] | None
+    finished: list[bool]
+
+
+class Generator(Protocol):
+    """An engine that completes prompts. `exact`: its log-probabilities are in the trainer's numerics."""
+
+    exact: bool
+
+    def generate(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        group_size: int,
+        sampling: Sampling,
+        *,
+        random: torch.Generator | None = None,
+    ) -> Completions: ...
+
+    def update_weights(self, model: nn.Module) -> None: ...
+
+
+class InProcessGenerator:
+    """Generates with the model that is trained, as it is at the moment.
+
+    The first use of a model compares a few tokens with `model.generate`; a model that disagrees, takes no cache or
+    keeps one of an unknown kind is run by `generate` from then on, with one warning and without log-probabilities. The
+    comparison is left out where weights are sharded, since it would have to go alike on every process.
+
+    Args:
+        tokenizer: decodes for stop strings; its end-of-sequence token ends a completion, besides those of the model.
+        suppressed: tokens that are never drawn (image placeholders); they count in the log-probabilities.
+        max_rows: decode at most so many rows at a time, in whole groups; None: all.
+        end_ids: the tokens that end a completion, in place of those of tokenizer and model.
+        gather_weights: put sharded weights together on every process while generating: much faster, if they fit.
+    """
+
+    exact = True
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        suppressed: Collection[int] = (),
+        max_rows: int | None = None,
+        end_ids: Collection[int] | None = None,
+        gather_weights: bool = True,
+    ):
+        if max_rows is not None and max_rows < 1:
+            raise UserError(f"max_rows is {max_rows}; it has to be None (all rows at a time) or 1 or more.")
+        self._tokenizer, self._suppressed, self._max_rows = tokenizer, frozenset(suppressed), max_rows
+        self._end_ids, self._gather_weights = end_ids, gather_weights
+        self._able: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+    def update_weights(self, model: nn.Module) -> None:
+        """Nothing: each call runs the model that it is given."""
+
+    def generate(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        group_size: int,
+        sampling: Sampling,
+        *,
+        random: torch.Generator | None = None,
+    ) -> Completions:
+        """Complete each prompt `group_size` times.
+
+        The draws are taken from `random` before anything runs, one for each row and possible token: what a row becomes
+        does not depend on when others finish or on `max_rows`, but for rounding.
+
+        Args:
+            model: as the trainer calls it, inside DDP's wrapper: a transformers model or a PEFT model around one, in
+                evaluation mode. Under autocast, call this inside the autocast context, or weights are cast anew for
+                each token. If weights are sharded, every process has to call this, with at least one prompt.
+            inputs: left-padded `input_ids` `(P, L)`, `attention_mask`, and extras as `model.generate` takes them.
+            group_size: G completions of each prompt.
+            sampling: the settings.
+            random: of the draws; None: torch's own for the CPU.
+
+        Raises:
+            UserError: prompt and completion together are longer than the model's positions.
+            ValueError: the model is in training mode.
+        """
+        if model.training:
+            raise ValueError("A model in training mode would drop out units as it generates: call model.eval() first.")
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        device = inner.device
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        inputs = _cast(inner, trimmed(inputs))
+        _check_length(inner, inputs, sampling)
+        rows = len(inputs["input_ids"]) * group_size
+        with torch.no_grad(), self._weights(model) as together:
+            if self._is_able(model, inner, inputs, together):
+                uniforms = _uniforms(rows, sampling, random).to(device)
+                try:
+                    return self._decode(model, inner, inputs, uniforms, sampling, together)
+                except UnknownCache as error:
+                    self._give_up(inner, str(error))
+            return self._whole_rows(model, inner, inputs, group_size, sampling, random, together)
+
+    @contextlib.contextmanager
+    def _weights(self, model: nn.Module) -> Iterator[bool]:
+        """Gives whether processes have to run the same passes."""
+        if not sharded(model):
+            yield False
+        elif self._gather_weights:
+            with whole_weights(model) as whole:
+                yield not whole
+        else:
+            yield True
+
+    def _ends(self, inner: nn.Module) -> list[int]:
+        if self._end_ids is not None:
+            return sorted(self._end_ids)
+        ends = inner.generation_config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), self._tokenizer.eos_token_id}
+        return sorted(end for end in ends if end is not None)
+
+    def _decode(
+        self,
+        model: nn.Module,
+        inner: nn.Module,
+        inputs: dict[str, Any],
+        uniforms: Tensor,
+        sampling: Sampling,
+        together: bool,
+    ) -> Completions:
+        device = inputs["input_ids"].device
+        decoder = Decoder(
+            Passes(model, inner),
+            Drawer(sampling, self._suppressed),
+            torch.tensor(self._ends(inner), dtype=torch.long, device=device),
+            StopStrings(self._tokenizer, sampling.stop),
+            (lambda on: bool(largest(int(on), device))) if together else bool,
+            together,
+        )
+        prompts = len(inputs["input_ids"])
+        group = len(uniforms) // prompts
+        each = prompts if self._max_rows is None else max(1, self._max_rows // group)
+        chunks = [torch.arange(at, min(at + each, prompts)) for at in range(0, prompts, each)]
+        most = largest(len(chunks), device) if together else len(chunks)
+        result = Completions([], [], [])
+        # Which image belongs to which prompt is not known here: with images, all prompts are run at once.
+        images = bool(split_extras(inputs)[1])
+        before = decoder.passes.prefill(inputs) if images else None
+        for number in range(most):
+            idle = number >= len(chunks)
+            chunk = chunks[0 if idle else number].to(device)
+            draws = uniforms.view(prompts, group, -1)[chunk].flatten(0, 1)
+            part = _rows_of(inputs, chunk)
+            logits, past = before or decoder.passes.prefill(trimmed(part))
+            seen = None
+            if decoder.drawer.penalises:
+                seen = decoder.drawer.seen(part["input_ids"], part["attention_mask"], logits.shape[1])
+            here = chunk if images else torch.arange(len(chunk), device=device)
+            past = past.expand(here, group, draws.shape[1], keep=images and number + 1 < most)
+            made = decoder.run(logits[here], past, draws, seen, idle=idle)
+            if not idle:
+                _append(result, *made)
+        return result
+
+    def _is_able(self, model: nn.Module, inner: nn.Module, inputs: dict[str, Any], together: bool) -> bool:
+        if inner not in self._able:
+            self._able[inner] = True
+            if (reason := self._obstacle(model, inner, inputs, together)) is not None:
+                self._give_up(inner, reason)
+        return self._able[inner]
+
+    def _obstacle(self, model: nn.Module, inner: nn.Module, inputs: dict[str, Any], together: bool) -> str | None:
+        passes = Passes(model, inner)
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            return "its adapter puts tokens of its own before each prompt"
+        if not passes.takes_cache:
+            return "it takes no key/value cache"
+        if together:
+            return None
+        try:
+            return _disagreement(model, passes, inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (UnknownCache, *_MODEL_CANNOT) as error:
+            return f"{type(error).__name__}: {error}"
+
+    def _give_up(self, inner: nn.Module, reason: str) -> None:
+        self._able[inner] = False
+        logger.warning(
+            "%s cannot run a prompt once for its group of completions (%s): transformers' generate runs each "
+            "completion as a row of its own, which is right but slower.",
+            type(inner).__name__,
+            reason,
+        )
+
+    def _whole_rows(
+        self,
+        model: nn.Module,
+        inner: nn.Module,
+        inputs: dict[str, Any],
+        group_size: int,
+        sampling: Sampling,
+        random: torch.Generator | None,
+        together: bool,
+    ) -> Completions:
+        ends, pad = self._ends(inner), self._tokenizer.pad_token_id
+        device = inputs["input_ids"].device
+        prompts = len(inputs["input_ids"])
+        each = max(1, self._max_rows // group_size) if self._max_rows and not split_extras(inputs)[1] else prompts
+        chunks = [torch.arange(at, min(at + each, prompts)) for at in range(0, prompts, each)]
+        result = Completions([], None, [])
+        for number in range(largest(len(chunks), device) if together else len(chunks)):
+            idle = number >= len(chunks)
+            chunk = chunks[0 if idle else number].to(device)
+            ids, finished = generate_rows(
+                model,
+                inputs if len(chunks) == 1 else trimmed(_rows_of(inputs, chunk)),
+                group_size,
+                sampling,
+                stops=StopStrings(self._tokenizer, sampling.stop),
+                ends=ends,
+                pad=pad if pad is not None else (ends or [0])[0],
+                suppressed=self._suppressed,
+                seed=int(torch.randint(2**62, (), generator=random, device=_device_of(random))),
+                synced=together,
+            )
+            if not idle:
+                result.ids += ids
+                result.finished += finished
+        return result
+
+
+def _device_of(random: torch.Generator | None) -> torch.device:
+    return torch.device("cpu") if random is None else random.device
+
+
+def _uniforms(rows: int, sampling: Sampling, random: torch.Generator | None) -> Tensor:
+    if sampling.greedy:
+        return torch.zeros(rows, 1, dtype=torch.float64).expand(-1, sampling.max_new_tokens)
+    size = rows, sampling.max_new_tokens
+    return torch.rand(size, dtype=torch.float64, generator=random, device=_device_of(random))
+
+
+def _rows_of(inputs: dict[str, Any], prompts: Tensor) -> dict[str, Any]:
+    """Some prompts; what does not stand beside tokens is left out."""
+    along, _ = split_extras(inputs)
+    columns = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], **along}
+    return {k: v[prompts] for k, v in columns.items()}
+
+
+def _cast(inner: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Images in the model's type where the weights are held in half precision; autocast sees to the rest."""
+    if inner.dtype not in (torch.bfloat16, torch.float16):
+        return inputs
+    floating = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return {k: v.to(inner.dtype) if k in floating else v for k, v in inputs.items()}
+
+
+def _check_length(inner: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> None:
+    limit = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    prompt = inputs["input_ids"].shape[1]
+    if limit and prompt + sampling.max_new_tokens > limit:
+        raise UserError(
+            f"A prompt of {prompt} tokens and {sampling.max_new_tokens} new ones are more than the {limit} positions "
+            "of the model. Use shorter prompts or a smaller max_new_tokens."
+        )
+
+
+def _append(result: Completions, tokens: Tensor, logp: Tensor, lengths: Tensor, finished: Tensor) -> None:
+    for row, length in enumerate(lengths.tolist()):
+        result.ids.append(tokens[row, :length].clone())
+        result.logp.append(logp[row, :length].clone())
+    result.finished += finished.tolist()
+
+
+def _sample(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Two short prompts, the second cut, so that there is padding to get wrong; with images, all prompts as they are."""
+    if split_extras(inputs)[1]:
+        return inputs
+    prompts = torch.tensor([0, min(1, len(inputs["input_ids"]) - 1)], device=inputs["input_ids"].device)
+    sample = {k: v[:, -_CHECKED_PROMPT:] for k, v in _rows_of(inputs, prompts).items()}
+    mask = sample["attention_mask"].clone()
+    mask[1] *= mask[1].cumsum(0) > mask[1].sum() // 2
+    return sample | {"attention_mask": mask}
+
+
+def _disagreement(model: nn.Module, passes: Passes, inputs: dict[str, Any]) -> str | None:
+    """How the loop's logits differ from those of `generate` on the tokens that `generate` chooses; None: they do not."""
+    sample = trimmed(_sample(inputs))
+    out = model.generate(
+        **sample,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        max_new_tokens=_CHECKED,
+        min_new_tokens=_CHECKED,
+        return_dict_in_generate=True,
+        output_logits=True,
+        use_cache=True,
+    )
+    tokens = out.sequences[:, -_CHECKED:]
+    logits, past = passes.prefill(sample)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    past = past.expand(rows, 2, _CHECKED, keep=False)
+    figures, expected = [logits], [out.logits[0]]
+    rows = rows.repeat_interleave(2)
+    for at in range(1, _CHECKED):
+        logits, past = passes.step(past, tokens[rows, at - 1])
+        figures.append(logits)
+        expected.append(out.logits[at][rows])
+        if at == 1:  # then without the first prompt's first row
+            rows, past = rows[1:], past.select(torch.arange(1, len(rows), device=rows.device))
+    apart = torch.cat([(a.float() - b.float()).flatten() for a, b in zip(figures, expected, strict=True)]).abs()
+    half = logits.dtype != torch.float32 or torch.is_autocast_enabled(logits.device.type)
+    scale = max(1.0, max(each.abs().max().item() for each in expected))
+    # Rounding shifts single logits by more in half precision than a real error shifts the mean.
+    worst, bound = (apart.mean().item(), 0.02 * scale) if half else (apart.max().item(), 1e-4 * scale)
+    return None if worst <= bound else f"its logits differ by {worst:.2g}"
 
 
 def greedy_answers(model: Any, inputs: dict[str, Any], tokenizer: Any, *, max_new_tokens: int) -> list[str]:

@@ -25,11 +25,22 @@ from shared.runtime.options import is_secret
 from shared.runtime.report_curves import Curves, curves_from_log
 from shared.runtime.report_html import render
 from shared.runtime.report_text import as_number, before_after_table
+from shared.runtime.rollout_tables import RolloutRow, RolloutTable, add_table, from_json, rollout_text, to_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["RunReport", "SampleRow", "before_after_table", "environment", "peak_memory", "plain"]
+__all__ = [
+    "RolloutRow",
+    "RolloutTable",
+    "RunReport",
+    "SampleRow",
+    "before_after_table",
+    "environment",
+    "peak_memory",
+    "plain",
+    "rollout_text",
+]
 
 PACKAGES = (
     "trialign",
@@ -77,6 +88,7 @@ class RunReport:
         units: metric -> what its curve counts, e.g. `{"loss": "nats per token"}`.
         notes: lines for the reader: rows that were skipped, where the run was interrupted, how to go on.
         samples: rows of the sample table.
+        rollouts: sample tables of an online run, ascending steps; filled by `add_rollouts`.
         status: `finished`, `interrupted` or `failed`.
 
     Args:
@@ -98,6 +110,7 @@ class RunReport:
         self.units: dict[str, str] = {}
         self.notes: list[str] = []
         self.samples: list[SampleRow] = []
+        self.rollouts: list[RolloutTable] = []
         self.status = "finished"
 
     def add_curves(self, log_history: Sequence[Mapping]) -> None:
@@ -106,6 +119,20 @@ class RunReport:
         A resumed run restores its history, so the last call always shows the whole run.
         """
         self.curves = curves_from_log(log_history)
+
+    def add_rollouts(self, table: RolloutTable) -> None:
+        """Take the sample table of one step, its pictures made small; of many tables the older ones are thinned."""
+        self.rollouts = add_table(self.rollouts, table.with_thumbnails())
+
+    @staticmethod
+    def rollouts_from(figures: Mapping[str, Any], *, up_to: int | None = None) -> list[RolloutTable]:
+        """The tables of an earlier report, without their pictures.
+
+        Args:
+            figures: what report.json holds.
+            up_to: the step from which the run goes on; later tables are left out. None: all are taken.
+        """
+        return from_json(figures.get("rollouts", ()), up_to=up_to)
 
     def write(self) -> Path:
         """Write report.json and index.html, each by one atomic replacement.
@@ -117,7 +144,7 @@ class RunReport:
             OSError: the folder cannot be made or written; what was there before is left as it was.
         """
         figures = self._figures()
-        page = render(figures, self.samples, self.units)
+        page = render(figures, self.samples, self.units, self.rollouts)
         self.directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_without_nan(figures), indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(self.directory / "report.json", text + "\n")
@@ -146,6 +173,7 @@ class RunReport:
                 }
                 for row in self.samples
             ],
+            "rollouts": plain(to_json(self.rollouts)),
             "config": _shareable(plain(self.config)),
             "environment": environment(),
         }

@@ -12,16 +12,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from shared.runtime.report_text import as_number, format_metric, is_share, readable
+from shared.runtime.report_text import as_number, format_metric, is_duration, is_share, readable
 
 Curves = dict[str, dict[str, list]]  # metric -> {"step": [...], "value": [...]}
 
 NOT_CURVES = frozenset({"step", "epoch", "total_flos"})
-LAST_CHARTS = ("learning_rate", "grad_norm")  # of less interest than what the run is about
+REWARD_MEANS, REWARD_STDS, PASS = "rewards by part", "rewards by part, std", "pass@k"
+ONE_CHART = frozenset({"time", "tokens_per_second", "alarms"})  # what stands behind the stroke shares one chart
+UNITS = {"time": "seconds", "tokens_per_second": "tokens/s", "completions/length": "tokens"}
+LAST_CHARTS = ("time", "tokens_per_second", "learning_rate", "grad_norm")  # of less interest than what was learnt
 COLOURS = 8  # classes c0 … c7 of the style sheet
 SMOOTH_FROM = 30  # points; below that the raw line is readable by itself
 MARKERS_UP_TO = 40
 TABLE_ROWS = 40
+RARE = 5  # per cent
 LARGEST = 1e100  # beyond that a value is as good as infinite, and the arithmetic of the axes would overflow
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -56,15 +60,39 @@ def last_step(curves: Curves) -> int | None:
 
 
 def group_metrics(metrics: Sequence[str]) -> dict[str, list[str]]:
-    """Chart title -> the metrics drawn in it: a metric with its `eval_` twin, all kinds of one accuracy together."""
+    """Chart title -> the metrics drawn in it: a metric with its `eval_` twin, all kinds of one share together.
+
+    The charts of an online run start with its reward, then what was measured on held-out rows alone; those of other
+    runs with the loss. Speeds and the optimizer's figures come last.
+    """
     groups: dict[str, list[str]] = {}
     for metric in metrics:
-        base = metric.removeprefix("eval_")
-        family = base.split("/")[0]
-        groups.setdefault(family if is_share(family) else base, []).append(metric)
-    first = [title for title in groups if title == "loss"]
-    last = [title for title in LAST_CHARTS if title in groups]
-    return {title: groups[title] for title in [*first, *(t for t in groups if t not in {*first, *last}), *last]}
+        groups.setdefault(_family(metric.removeprefix("eval_")), []).append(metric)
+    held_out = [title for title, group in groups.items() if all(metric.startswith("eval_") for metric in group)]
+    first = ["reward", PASS, REWARD_MEANS, *held_out, "loss"] if "reward" in groups else ["loss", *held_out]
+    rest = [title for title in groups if title not in LAST_CHARTS]
+    order = dict.fromkeys([*(title for title in first if title in rest), *rest, *LAST_CHARTS])
+    return {title: groups[title] for title in order if title in groups}
+
+
+def _family(metric: str) -> str:
+    """The title of the chart that `metric` (without `eval_`) is drawn in."""
+    parts = metric.split("/")
+    first, last = parts[0], parts[-1]
+    if first.startswith("pass@"):
+        return PASS
+    if first == "rewards" and len(parts) > 2 and last in {"mean", "std"}:
+        return REWARD_MEANS if last == "mean" else REWARD_STDS
+    if first == "completions" and last.endswith("length"):
+        return "completions/length"
+    if first == "sampling" and len(parts) > 2:
+        return "/".join(parts[:-1])
+    return first if first in ONE_CHART or is_share(first) else metric
+
+
+def unit_of(title: str) -> str:
+    """What the chart called `title` counts, where its name says so; else empty."""
+    return UNITS.get(title, "seconds" if is_duration(title) else "")
 
 
 @dataclass
@@ -118,7 +146,8 @@ class Axis:
         """The axis that shows `values`; `whole` for steps (integers, no margin), `share` for percentages."""
         low, high = min(values), max(values)
         if share and low >= 0 and high <= 100:
-            low, high = 0.0, 100.0
+            # A share that is rare all along, as that of clipped ratios, would lie flat on the floor.
+            low, high = 0.0, high if 0 < high < RARE else 100.0
         elif not whole and low > 0 and low < 0.4 * high:
             low = 0.0
         size = max(abs(low), abs(high))
@@ -191,7 +220,7 @@ def _looks(place: int) -> str:
 
 def _svg(title: str, series: Sequence[Series], unit: str) -> str:
     across = Axis.over([step for one in series for step in [*one.steps, *one.left_out]], whole=True)
-    share = is_share(title)
+    share = all(is_share(one.metric) for one in series)
     upward = Axis.over([value for one in series for value in one.values], share=share)
     power = f"×10{str(upward.exponent).translate(SUPERSCRIPT)}" if upward.exponent else ""
     label = " ".join(part for part in (unit or ("%" if share else ""), power) if part) or readable(title)

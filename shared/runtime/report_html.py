@@ -6,17 +6,15 @@ content policy, so that an answer of a model that looks like markup stays a text
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from shared.runtime.report_curves import chart, group_metrics, last_step
+from shared.runtime.report_curves import chart, group_metrics, last_step, unit_of
+from shared.runtime.report_rollouts import ROLLOUT_STYLE, rollouts_section
+from shared.runtime.report_samples import samples_section
 from shared.runtime.report_text import (
-    answers_match,
-    as_number,
     compare,
     format_bytes,
     format_duration,
@@ -27,15 +25,8 @@ from shared.runtime.report_text import (
 )
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from shared.runtime.report import SampleRow
-
-MAX_SIDE = 256  # pixels of a thumbnail
-VISIBLE_SIDE = 144  # a smaller picture is enlarged by a whole factor, up to this
-LARGEST_PNG = 24_000  # bytes; a photograph beyond that is several times smaller as JPEG
-SHORT_TEXT = 20  # characters that stay on one line
-LONGEST_TEXT = 4_000  # characters of a sample's text on the page; report.json has it all
+    from shared.runtime.rollout_tables import RolloutTable
 
 STATUS_GLYPHS = {"finished": "✓", "interrupted": "‖", "failed": "✗"}
 
@@ -98,13 +89,19 @@ th,td{padding:7px 8px}.samples thead{display:none}.samples :is(tr,td){display:bl
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def render(figures: Mapping[str, Any], samples: Sequence[SampleRow], units: Mapping[str, str]) -> str:
+def render(
+    figures: Mapping[str, Any],
+    samples: Sequence[SampleRow],
+    units: Mapping[str, str],
+    rollouts: Sequence[RolloutTable] = (),
+) -> str:
     """The page.
 
     Args:
         figures: what report.json holds, before NaN is turned into null.
         samples: the rows of the sample table, with their images.
         units: metric -> what its vertical axis counts.
+        rollouts: the tables of an online run, oldest first, with their images.
     """
     title = escape(figures["title"])
     body = "".join(
@@ -112,7 +109,8 @@ def render(figures: Mapping[str, Any], samples: Sequence[SampleRow], units: Mapp
             _header(figures),
             _comparison(figures["before"], figures["after"]),
             _curves(figures["curves"], units),
-            _samples(samples),
+            samples_section(samples),
+            rollouts_section(rollouts),
             _resources(figures["throughput"], figures["peak_memory"]),
             _facts("Configuration", figures["config"]),
             _facts("Environment", figures["environment"]),
@@ -122,7 +120,7 @@ def render(figures: Mapping[str, Any], samples: Sequence[SampleRow], units: Mapp
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<style>{STYLE}</style></head>\n<body><main>{body}</main></body></html>\n"
+        f"<style>{STYLE}{ROLLOUT_STYLE if rollouts else ''}</style></head>\n<body><main>{body}</main></body></html>\n"
     )
 
 
@@ -192,90 +190,10 @@ def _bar(what: str, before: Mapping[str, float], after: Mapping[str, float]) -> 
 
 def _curves(curves: Mapping[str, Any], units: Mapping[str, str]) -> str:
     charts = "".join(
-        chart(title, dict(curves), metrics, units.get(title, ""))
+        chart(title, dict(curves), metrics, units.get(title) or unit_of(title))
         for title, metrics in group_metrics(list(curves)).items()
     )
     return f'<section><h2>Curves</h2><div class="charts">{charts}</div></section>' if charts else ""
-
-
-def _samples(samples: Sequence[SampleRow]) -> str:
-    if not samples:
-        return ""
-    extra = list(dict.fromkeys(name for row in samples for name in row.columns))
-    fixed = ["question", "reference", "before", "after"]
-    names = (["image"] if any(row.images for row in samples) else []) + fixed
-    head = "".join(f'<th scope="col">{escape(readable(name))}</th>' for name in [*names, *extra])
-    body = []
-    for row in samples:
-        cells = [f"<td>{_pictures(row.images)}</td>"] if "image" in names else []
-        cells += [_cell("question", row.question), _cell("reference", row.answer)]
-        cells += [_answer_cell("before", row.before, row.answer), _answer_cell("after", row.after, row.answer)]
-        cells += [_cell(readable(name), _worded(row.columns.get(name, ""))) for name in extra]
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        f'<section><h2>Samples</h2><div class="card scroll"><table class="samples"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div></section>"
-    )
-
-
-def _cell(name: str, text: str, *, glyph: str = "", looks: str = "") -> str:
-    """A cell of the sample table; `glyph` and `looks` (right, wrong) mark an answer."""
-    if not text:
-        return "<td></td>"
-    more = len(text) - LONGEST_TEXT
-    shown = escape(text) if more <= 0 else f"{escape(text[:LONGEST_TEXT])}… ({more:,} more characters in report.json)"
-    if looks:
-        shown = f'<span class="answer {looks}" title="{looks}: compared with the reference">{glyph} {shown}</span>'
-    short = " short" if len(text) <= SHORT_TEXT else ""
-    column = ' class="question"' if name == "question" else ""
-    return f'<td data-name="{escape(name)}"{column}><div class="text{short}">{shown}</div></td>'
-
-
-def _answer_cell(name: str, given: str | None, reference: str) -> str:
-    if given is None:
-        return _cell(name, "–")
-    text = given if given.strip() else "(empty)"
-    if not reference.strip():
-        return _cell(name, text)
-    if answers_match(given, reference):
-        return _cell(name, text, glyph="✓", looks="right")
-    return _cell(name, text, glyph="✗", looks="wrong")
-
-
-def _worded(value: object) -> str:
-    number = as_number(value)
-    return str(value) if number is None else format_number(number)
-
-
-def _pictures(images: Sequence[Image]) -> str:
-    pictures = "".join(
-        f'<img src="{data_uri(image)}" alt="image {place} of {len(images)}, {image.width}×{image.height} pixels" '
-        f'title="{image.width}×{image.height} pixels">'
-        for place, image in enumerate(images, start=1)
-    )
-    many = " many" if len(images) > 2 else ""
-    return f'<div class="pictures{many}">{pictures}</div>'
-
-
-def data_uri(image: Image) -> str:
-    """`image` (PIL, any mode) as a `data:` address: at most 256 px a side, small ones enlarged unblurred."""
-    from PIL import Image
-
-    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    factor = VISIBLE_SIDE // max(image.size)
-    if factor > 1:
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    data, kind = _encoded(image, "PNG", optimize=True), "png"
-    if len(data) > LARGEST_PNG and image.mode == "RGB":
-        data, kind = _encoded(image, "JPEG", quality=85), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _encoded(image: Image, encoding: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, encoding, **options)
-    return file.getvalue()
 
 
 def _resources(throughput: Mapping[str, float], memory: Mapping[str, float]) -> str:

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 MISSING = "-"
 SHARE_WORDS = frozenset({"accuracy", "accuracies", "win"})
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "error"})
-HIGHER_IS_BETTER = SHARE_WORDS | {"reward", "rewards"}
+HIGHER_IS_BETTER = SHARE_WORDS | {"reward", "rewards", "pass"}
+SPREAD_WORDS = frozenset({"std", "frac"})  # of a reward: neither way is better
+SHARE_NAMES = re.compile(r"(?:^|[_/])(?:pass@(?:\d+|k)|frac|clip(?:ped)?_ratio)(?=$|[_/])")
+REWARD_PART = re.compile(r"^(?:eval_)?rewards/.+/(?:mean|std)$")  # in the reward's own unit, whatever it is called
 
 
 def as_number(value: object) -> float | None:
@@ -32,7 +35,15 @@ def words_of(metric: str) -> list[str]:
 
 def is_share(metric: str) -> bool:
     """Whether `metric` is a share in [0, 1] to be read as a percentage, judged by its name (`accuracy/colour`)."""
-    return not SHARE_WORDS.isdisjoint(words_of(metric))
+    if REWARD_PART.match(metric):
+        return False
+    return bool(SHARE_NAMES.search(metric)) or not SHARE_WORDS.isdisjoint(words_of(metric))
+
+
+def is_duration(metric: str) -> bool:
+    """Whether `metric` counts seconds, judged by its name (`time/generation`, `train_seconds`)."""
+    words = words_of(metric.removeprefix("eval_"))
+    return bool(words) and (words[0] == "time" or words[-1] in {"seconds", "runtime"})
 
 
 def format_number(value: float | None) -> str:
@@ -51,10 +62,12 @@ def format_number(value: float | None) -> str:
 
 
 def format_metric(metric: str, value: float | None) -> str:
-    """`value` the way `metric` is read: 0.16 is `16.0 %` for an accuracy, `0.16` otherwise."""
-    if value is None or not math.isfinite(value) or not is_share(metric):
+    """`value` the way `metric` is read: 0.16 is `16.0 %` for an accuracy, `0.16 s` for a time, `0.16` otherwise."""
+    if value is None or not math.isfinite(value):
         return format_number(value)
-    return f"{100 * value:.1f} %"
+    if is_share(metric):
+        return f"{100 * value:.2g} %" if 0 < abs(value) < 0.001 else f"{100 * value:.1f} %"
+    return format_duration(value) if is_duration(metric) else format_number(value)
 
 
 def format_duration(seconds: float) -> str:
@@ -77,11 +90,8 @@ def format_bytes(size: float) -> str:
 
 
 def format_throughput(name: str, value: float) -> str:
-    """A duration for a name that ends in `seconds` and is no rate (`train_seconds`), a number for the others."""
-    words = words_of(name)
-    if words and words[-1] in {"seconds", "runtime"}:
-        return format_duration(value)
-    return format_number(value)
+    """A duration for a name that says so and is no rate (`train_seconds`), a number for the others."""
+    return format_duration(value) if is_duration(name) else format_number(value)
 
 
 def readable(name: str) -> str:
@@ -120,7 +130,9 @@ def _compare_one(what: str, before: float | None, after: float | None) -> Compar
         else:
             change = ("+" if difference > 0 else "") + format_number(difference)
         words = set(words_of(what))
-        if difference and words & HIGHER_IS_BETTER:
+        if words & SPREAD_WORDS:
+            better = None
+        elif difference and words & HIGHER_IS_BETTER:
             better = difference > 0
         elif difference and words & LOWER_IS_BETTER:
             better = difference < 0

@@ -206,6 +206,7 @@ class AlignTrainer(Trainer):
             return
         earlier = json.loads(path.read_text(encoding="utf-8"))
         self.report.before = earlier["before"]
+        self.report.rollouts = self.report.rollouts_from(earlier, up_to=self.state.global_step)
         self.report.samples = [
             SampleRow([], sample["question"], sample["answer"], before=sample["before"])
             for sample in earlier["samples"]

@@ -6,7 +6,6 @@ Each process gets its own share times the number of processes, since gradients a
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from shared.data.rows import Rows
@@ -23,9 +21,9 @@ from shared.objectives.supervised import supervised_loss
 from shared.policies.base import GroupedBatch
 from shared.policies.prefix import evaluating
 from shared.policies.token import TokenPolicy
-from shared.runtime.fsdp import reshard
 from shared.trainers.base import AlignTrainer
 from shared.trainers.keeping import preserved_randomness
+from shared.trainers.readying import evaluated_model
 from shared.trainers.sampling import Filled, TrainingOrder
 
 
@@ -139,7 +137,7 @@ class OfflineTrainer(AlignTrainer):
     ) -> EvalLoopOutput:
         """Metrics of the held-out rows, exact over batches and processes: sums are added up, then divided once."""
         sums: dict[str, float] = {}
-        with self._evaluated_model() as model, preserved_randomness(), evaluating(model):
+        with evaluated_model(self) as model, preserved_randomness(), evaluating(model):
             for batch in dataloader:
                 for name, value in self.evaluation_sums(model, self._prepare_inputs(batch)).items():
                     sums[name] = sums.get(name, 0.0) + value.item()
@@ -152,30 +150,6 @@ class OfflineTrainer(AlignTrainer):
         count = int(len(dataloader.dataset.rows)) if hasattr(dataloader.dataset, "rows") else len(dataloader.dataset)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=count)
-
-    @contextlib.contextmanager
-    def _evaluated_model(self) -> Iterator[nn.Module]:
-        """The model as the engine wraps it; wrapped for this evaluation alone where there was no training before."""
-        prepared = self.accelerator._models or self.model_wrapped is not self.model
-        if self.is_fsdp_enabled:
-            if not prepared:  # in place and for good; accelerate shards only together with an optimizer
-                idle = torch.optim.SGD(self.model.parameters())
-                self.model = self.model_wrapped = self.accelerator.prepare(self.model, idle)[0]
-            yield self.model_wrapped
-            reshard(self.model)
-        elif prepared or self.is_in_train:
-            yield self.model_wrapped
-        elif is_deepspeed_zero3_enabled():
-            deepspeed_init(self, num_training_steps=0, inference=True)
-            engine = self.accelerator.prepare(self.model)
-            yield engine
-            engine.destroy()
-            self.accelerator.free_memory()
-        else:  # accelerate's own preparation would mark the model: training would not average its gradients then
-            if self.is_deepspeed_enabled:
-                self.model.to(self.args.device)
-            with self.accelerator.autocast():
-                yield self.model
 
     def evaluation_sums(self, model: nn.Module, batch: GroupedBatch) -> dict[str, Tensor]:
         """Sums over one batch's rows, to be added over batches and processes."""
@@ -215,7 +189,7 @@ class SupervisedTrainer(OfflineTrainer):
     ):
         """This micro-batch's share of the step's mean loss per counted token, times the number of processes."""
         weight = self.args.world_size / self.step["counted"]
-        loss, stats = self.policy.token_objective(
+        loss, stats = self.policy.action_objective(
             model, inputs, lambda logp, at: self.objective(logp) * weight, entropy=self._logs_this_step()
         )
         self.record("mean_token_accuracy", stats.correct.sum(), stats.correct.numel())
@@ -228,7 +202,7 @@ class SupervisedTrainer(OfflineTrainer):
         return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
 
     def evaluation_sums(self, model: nn.Module, batch: GroupedBatch) -> dict[str, Tensor]:
-        _, stats = self.policy.token_objective(model, batch, lambda logp, at: self.objective(logp), entropy=True)
+        _, stats = self.policy.action_objective(model, batch, lambda logp, at: self.objective(logp), entropy=True)
         logp = stats.logp.float()
         return {
             "loss": self.objective(logp).sum(),

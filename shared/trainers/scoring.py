@@ -20,6 +20,7 @@ from shared.policies.score import ScorePolicy
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import SAMPLES_SHOWN, first_set
 from shared.trainers.offline import OfflineTrainer
+from shared.trainers.readying import evaluated_model
 
 
 class ScoringTrainer(OfflineTrainer):
@@ -48,7 +49,7 @@ class ScoringTrainer(OfflineTrainer):
         size = self.args.per_device_eval_batch_size
         samples: list[SampleRow] = []
         # every process scores these few, so that nothing has to be gathered
-        with self._evaluated_model() as model, evaluating(model):
+        with evaluated_model(self) as model, evaluating(model):
             for start in range(0, count, size):
                 part = shown[start : start + size]
                 samples += self.scored_samples(model, part, self._prepare_inputs(self.data_collator(part)))

@@ -18,6 +18,7 @@ from shared.policies.base import GroupedBatch
 from shared.policies.prefix import evaluating
 from shared.trainers.keeping import preserved_randomness
 from shared.trainers.preference import PreferenceTrainer, share_above
+from shared.trainers.readying import evaluated_model
 from shared.trainers.reference import Cached
 
 LABELS = ("chosen", "rejected")
@@ -153,7 +154,7 @@ class UnpairedTrainer(PreferenceTrainer):
         """As OfflineTrainer; the reference point is estimated first, over all rows."""
         held = self.kl
         if self.uses_kl:
-            with self._evaluated_model() as model, preserved_randomness(), evaluating(model):
+            with evaluated_model(self) as model, preserved_randomness(), evaluating(model):
                 sums = [self._kl_sums(model, batch) for batch in dataloader]
             self._estimate_kl(torch.stack(sums).sum(0))
         try:

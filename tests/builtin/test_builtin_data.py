@@ -54,12 +54,34 @@ def test_no_picture_is_in_both_splits(both_splits):
     assert not train & test
 
 
+def test_rows_of_prompts_ask_where_and_how_many_and_hold_the_answer():
+    rows = builtin.load_dataset("builtin/shapes-prompts", "test")
+    assert set(rows.column_names) == {"images", "prompt", "solution", "kind"}
+    assert collections.Counter(rows["kind"]) == shapes.PROMPT_ROWS["test"]
+    allowed = {"where": shapes.PLACES, "count": shapes.COUNTS}
+    for row in rows:
+        (turn,) = row["prompt"]
+        assert turn["role"] == "user" and [part["type"] for part in turn["content"]] == ["image", "text"]
+        assert turn["content"][1]["text"].startswith("Where" if row["kind"] == "where" else "How many")
+        assert row["solution"] in allowed[row["kind"]] and [image.size for image in row["images"]] == [(48, 48)]
+
+
+def test_no_picture_of_the_prompts_is_held_out_elsewhere():
+    prompts, asked = (
+        {split: set(encoded(builtin.load_dataset(name, split))) for split in builtin.SPLITS}
+        for name in ("builtin/shapes-prompts", "builtin/shapes")
+    )
+    assert len(prompts["train"]) > 3000
+    assert not prompts["train"] & (prompts["test"] | asked["test"]) and not prompts["test"] & asked["train"]
+
+
 def test_two_loads_give_the_same_bytes():
     def digest(dataset) -> str:
         return hashlib.sha256(b"".join(encoded(dataset)) + repr(dataset["messages"][:]).encode()).hexdigest()
 
     assert digest(shapes.load("test")) == digest(shapes.load("test"))
     assert digest(shapes.load("test", seed=1)) != digest(shapes.load("test", seed=0))
+    assert shapes.load_prompts("test").to_dict() == shapes.load_prompts("test").to_dict()
     assert digest(digits.load("test")) == digest(digits.load("test"))
 
 

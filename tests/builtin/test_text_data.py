@@ -7,7 +7,7 @@ import re
 import pytest
 
 import shared.builtin as builtin
-from shared.builtin import arithmetic, docstrings, reviews, steps
+from shared.builtin import arithmetic, docstrings, graded, reviews, steps
 from shared.data.schema import Kind, check_rows, detect_kind
 from shared.errors import DataError
 
@@ -17,6 +17,9 @@ KINDS = {
     "builtin/reviews": Kind.MESSAGES,
     "builtin/reviews-preference": Kind.PREFERENCE,
     "builtin/reviews-unpaired": Kind.UNPAIRED,
+    "builtin/reviews-graded": Kind.PREFERENCE,
+    "builtin/tldr": Kind.PROMPT_COMPLETION,
+    "builtin/tldr-prompts": Kind.PROMPT_ONLY,
     "builtin/steps": Kind.STEPWISE,
     "builtin/docstrings": Kind.LANGUAGE_MODELING,
 }
@@ -91,6 +94,32 @@ def test_chosen_reviews_score_above_rejected_ones_and_are_as_long(loaded):
         assert reviews.score(prompt, chosen) > 0 > reviews.score(prompt, rejected)
         assert reviews.faults(prompt, chosen) == reviews.faults(prompt, rejected) == 0
         assert chosen.count(".") == rejected.count(".")
+
+
+def test_the_chosen_of_graded_reviews_scores_higher_by_what_the_margin_says(loaded):
+    for row in loaded["builtin/reviews-graded"]["test"]:
+        prompt, chosen, rejected = (row[name][0]["content"] for name in ("prompt", "chosen", "rejected"))
+        gap = reviews.score(prompt, chosen) - reviews.score(prompt, rejected)
+        assert gap >= graded.GAP and row["margin"] == pytest.approx(graded.SCALE * gap)
+
+
+def test_graded_reviews_hold_sound_and_broken_ones_of_either_sentiment(loaded):
+    rows = loaded["builtin/reviews-graded"]["test"]
+    judged = [
+        (row["prompt"][0]["content"], row[name][0]["content"]) for row in rows for name in ("chosen", "rejected")
+    ]
+    broken = sum(reviews.faults(*pair) > 0 for pair in judged) / len(judged)
+    assert 0.5 < broken < 0.8
+    sound = [reviews.score(*pair) for pair in judged if reviews.faults(*pair) == 0]
+    assert 0.3 < sum(score > 0 for score in sound) / len(sound) < 0.7
+
+
+@pytest.mark.parametrize("way", graded.WAYS, ids=lambda way: way.__name__)
+def test_each_way_to_spoil_a_good_review_is_seen_by_the_judge(way):
+    rng, good = random.Random(0), f"{FILM} is a superb film. The plot is clever. I recommend it."
+    spoilt = [way(good, FILM, rng) for _ in range(50)]
+    worse = [reviews.score(PROMPT, review) < reviews.score(PROMPT, good) for review in spoilt if review != good]
+    assert len(worse) > 40 and sum(worse) / len(worse) > 0.6
 
 
 def test_labels_say_whether_a_review_is_positive(loaded):

@@ -124,6 +124,95 @@ def test_the_collision_is_given_where_asked_for_and_leaves_the_gradients_alone(e
     torch.testing.assert_close(*gradients)
 
 
+def test_an_entropy_bonus_by_hand():
+    # softmax (1/2, 1/4, 1/4): dH/dz = -p (log p + H) with H = 1.5 ln 2
+    hidden = torch.tensor([[math.log(2.0), 0.0]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    loss, stats = head_objective(
+        hidden, weight, torch.tensor([0]), lambda logp, part: 0 * logp, entropy_weights=torch.tensor([-2.0])
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(-3 * math.log(2)) and stats.entropy.item() == pytest.approx(1.5 * math.log(2))
+    torch.testing.assert_close(hidden.grad, -2 * math.log(2.0) * torch.tensor([[-0.25, 0.125]]))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_entropy_gradcheck(transform, with_bias):
+    hidden, weight, bias, targets = make(4, 6, 3, torch.float64)
+
+    def figures(hidden, weight, bias):
+        options = {"bias": bias if with_bias else None, "transform": transform, "chunk_size": 3}
+        return head_log_probs(hidden, weight, targets, entropy_gradient=True, **options)[:2]
+
+    assert torch.autograd.gradcheck(figures, (hidden, weight, bias) if with_bias else (hidden, weight, None))
+
+
+@pytest.mark.parametrize("via", ["objective", "log_probs"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_an_entropy_bonus_equals_plain_logits(via, transform, chunk_size):
+    leaves = make(dtype=torch.float64)
+    hidden, weight, bias, targets = leaves
+    of_entropy = torch.linspace(-2, 1, 11, dtype=torch.float64)
+    options = {"bias": bias, "transform": transform, "chunk_size": chunk_size, "collision": True}
+    if via == "objective":
+        loss, stats = head_objective(
+            hidden, weight, targets, lambda logp, part: logp.square(), entropy_weights=of_entropy, **options
+        )
+    else:
+        stats = head_log_probs(hidden, weight, targets, entropy_gradient=True, **options)
+        loss = stats.logp.square().sum() + (of_entropy * stats.entropy).sum()
+    logp, every = plain_logp(hidden, weight, targets, bias, transform)
+    entropy = -(every.exp() * every).sum(-1)
+    reference = logp.square().sum() + (of_entropy * entropy).sum()
+    torch.testing.assert_close((loss, stats.entropy), (reference, entropy))
+    ours = torch.autograd.grad(3 * loss, leaves[:3])
+    torch.testing.assert_close(ours, torch.autograd.grad(3 * reference, leaves[:3]))
+    if via == "objective":
+        with torch.no_grad():
+            quiet, _ = head_objective(
+                hidden, weight, targets, lambda logp, part: logp.square(), entropy_weights=of_entropy, **options
+            )
+        torch.testing.assert_close(quiet, loss.detach())
+
+
+@pytest.mark.parametrize("via", ["objective", "log_probs"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "autocast"])
+def test_an_entropy_bonus_in_half_precision(via, dtype):
+    autocast = dtype == "autocast"
+    leaves = make(60, 50, 16, torch.float32 if autocast else dtype)
+    hidden, weight, bias, targets = leaves
+    of_entropy = torch.linspace(-2, 1, 60) * 1e-6  # below what float16 resolves
+
+    def nothing(logp, part):
+        return 0 * logp
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        if via == "objective":
+            loss, _ = head_objective(
+                hidden, weight, targets, nothing, bias=bias, chunk_size=32, entropy_weights=of_entropy
+            )
+        else:
+            stats = head_log_probs(hidden, weight, targets, bias=bias, chunk_size=32, entropy_gradient=True)
+            loss = (of_entropy * stats.entropy).sum()
+    ours = torch.autograd.grad(loss * 2.0**14, leaves[:3])
+    exact = [t.detach().double().requires_grad_() for t in leaves[:3]]
+    every = plain_logp(*exact[:2], targets, exact[2])[1]
+    reference = -(of_entropy * (every.exp() * every).sum(-1)).sum() * 2.0**14
+    for got, want in zip(ours, torch.autograd.grad(reference, exact), strict=True):
+        assert (got.double() - want).norm() <= (3e-3 if dtype == torch.float16 else 2e-2) * want.norm()
+
+
+def test_an_entropy_that_was_not_asked_for_as_such_has_no_gradient():
+    hidden, weight, _, targets = make()
+    assert not head_log_probs(hidden, weight, targets, entropy=True).entropy.requires_grad
+    stats = head_log_probs(hidden, weight, targets, entropy_gradient=True)
+    alone = head_log_probs(hidden, weight, targets).logp
+    gradients = [torch.autograd.grad(logp.sum(), (hidden, weight)) for logp in (stats.logp, alone)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_large_logits_stay_finite():
     hidden, weight = torch.tensor([[300.0], [-300.0]]), torch.tensor([[1.0], [0.0]])
     stats = head_log_probs(hidden, weight, torch.tensor([1, 1]), entropy=True, collision=True)
@@ -325,8 +414,10 @@ def test_logits_of_all_tokens_never_exist(via):
     hidden, weight, bias, targets = make(60, 1000, 4)
     with LargestTensor() as largest:
         if via == "objective":
-            loss, _ = mean_nll(hidden, weight, targets, bias=bias, chunk_size=10, entropy=True)
+            bonus = torch.ones(60)
+            loss, _ = mean_nll(hidden, weight, targets, bias=bias, chunk_size=10, entropy_weights=bonus)
         else:
-            loss = -head_log_probs(hidden, weight, targets, bias=bias, chunk_size=10, entropy=True).logp.mean()
+            stats = head_log_probs(hidden, weight, targets, bias=bias, chunk_size=10, entropy_gradient=True)
+            loss = (stats.entropy - stats.logp).mean()
         torch.autograd.grad(loss, (hidden, weight, bias))
     assert largest.numel == 10 * 1000

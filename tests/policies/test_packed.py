@@ -40,7 +40,7 @@ def layouts(table):
 
 def gradients(policy, model, batch):
     model.zero_grad()
-    loss, stats = policy.token_objective(model, batch, lambda logp, at: -logp * torch.exp(logp.detach()) / 40)
+    loss, stats = policy.action_objective(model, batch, lambda logp, at: -logp * torch.exp(logp.detach()) / 40)
     loss.backward()
     return loss.detach(), stats, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 

@@ -48,7 +48,7 @@ def objective_of(policy, model, batch):
     count = int(batch.completion_mask.sum())
     weights = torch.linspace(0.2, 1, count) / count
     model.zero_grad()
-    loss, stats = policy.token_objective(model, batch, lambda logp, at: weights[at] * logp.square(), entropy=True)
+    loss, stats = policy.action_objective(model, batch, lambda logp, at: weights[at] * logp.square(), entropy=True)
     loss.backward()
     return loss.detach(), stats, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -121,7 +121,7 @@ def test_only_counted_tokens_cost_a_run():
     policy.log_probs(model, batch)
     assert tokens_run(model, lambda: policy.log_probs(model, batch)) == [(3, 10), (12, 1)]
     batch.completion_mask[:] = 0
-    loss, stats = policy.token_objective(model, batch, lambda logp, at: -logp)
+    loss, stats = policy.action_objective(model, batch, lambda logp, at: -logp)
     loss.backward()
     assert loss == 0 and stats.logp.shape == (0,)
 
@@ -362,7 +362,7 @@ def one_of_two_processes(rank, folder):
 
     def step(batch):
         model.zero_grad()
-        policy.token_objective(model, batch, lambda logp, at: -logp)[0].backward()
+        policy.action_objective(model, batch, lambda logp, at: -logp)[0].backward()
 
     calls, gradients = [], []
     for prompts, _ in UNEQUAL:
@@ -385,7 +385,7 @@ def test_processes_of_a_sharded_model_run_the_same_layers(tmp_path):
         model.zero_grad()
         for rank in range(2):
             batch = batch_of(group=4, prompts=prompts[rank], seed=rank)
-            plain.token_objective(model, batch, lambda logp, at: -logp / 2)[0].backward()
+            plain.action_objective(model, batch, lambda logp, at: -logp / 2)[0].backward()
         for name, parameter in model.named_parameters():
             scale = parameter.grad.abs().max().item()
             for _, gradients in of_ranks:

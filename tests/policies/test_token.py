@@ -68,7 +68,7 @@ def test_loss_and_gradients_equal_the_models_own(kind, batch):
 
     policy = TokenPolicy(model)
     count = batch.completion_mask[:, 1:].sum()
-    loss, stats = policy.token_objective(model, batch, lambda logp, at: nll(logp) / count, entropy=True)
+    loss, stats = policy.action_objective(model, batch, lambda logp, at: nll(logp) / count, entropy=True)
     loss.backward()
 
     assert policy.fused
@@ -140,7 +140,7 @@ def test_a_model_that_hides_what_it_does_to_its_logits_is_run_whole(batch, caplo
     # `altered` stands between the policy and what it reads from the configuration
     model.forward = (lambda inner: lambda *a, head_call=None, **k: inner(*a, head_call=head_call, **k))(model.forward)
     count = batch.completion_mask[:, 1:].sum()
-    loss, _ = policy.token_objective(model, batch, lambda logp, at: nll(logp) / count)
+    loss, _ = policy.action_objective(model, batch, lambda logp, at: nll(logp) / count)
     logits = altered(input_ids=batch.completion_ids, attention_mask=batch.completion_attention).logits[:, :-1]
     labels = batch.completion_ids[:, 1:].masked_fill(batch.completion_mask[:, 1:] == 0, -100)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -153,10 +153,56 @@ def test_a_model_that_hides_what_it_does_to_its_logits_is_run_whole(batch, caplo
     torch.testing.assert_close(found.collision[:, 1:], every.exp().square().sum(-1).log() * counted)
 
 
+def grouped():
+    """Two prompts with two completions each."""
+    ids = torch.randint(3, 61, (4, 5), generator=torch.Generator().manual_seed(1))
+    attention = torch.arange(5) < torch.tensor([5, 3, 4, 5])[:, None]
+    return GroupedBatch(
+        prompt_ids=torch.tensor([[0, 7, 8, 9, 10, 11], [9, 10, 11, 12, 13, 14]]),
+        prompt_mask=torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]),
+        completion_ids=ids * attention,
+        completion_attention=attention.long(),
+        completion_mask=attention.long(),
+        group_size=2,
+    )
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied", "soft-capping", "biased", "run whole"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("via", ["objective", "log_probs"])
+def test_an_entropy_bonus_reaches_the_model(kind, shared, via):
+    model = model_of("plain" if kind == "run whole" else kind)
+    batch = grouped()
+    rows = whole_rows(batch)
+    policy = TokenPolicy(model, temperature=0.7, share_prefix=shared)
+    policy.fused = policy.fused and kind != "run whole"
+    factors = torch.linspace(-1, 2, int(batch.counted_tokens()))
+
+    logits = model(input_ids=rows.completion_ids, attention_mask=rows.completion_attention).logits[:, :-1]
+    every = (logits[rows.completion_mask[:, 1:].bool()] / 0.7).log_softmax(-1)
+    own = every.gather(1, rows.completion_ids[:, 1:][rows.completion_mask[:, 1:].bool()][:, None]).squeeze(1)
+    expected = -own.sum() + (factors * -(every.exp() * every).sum(-1)).sum()
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    if via == "objective":
+        loss, stats = policy.action_objective(model, batch, lambda logp, at: -logp, entropy_weights=factors)
+        assert stats.entropy.shape == factors.shape and not stats.entropy.requires_grad
+    else:
+        found = policy.log_probs(model, batch, entropy_gradient=True)
+        loss = -found.logp.sum() + (factors * found.entropy[found.mask.bool()]).sum()
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
+
+
 def test_a_batch_that_counts_nothing_gives_zero(batch):
     batch.completion_mask = torch.zeros_like(batch.completion_mask)
     model = model_of("plain")
-    loss, stats = TokenPolicy(model).token_objective(model, batch, lambda logp, at: nll(logp))
+    loss, stats = TokenPolicy(model).action_objective(model, batch, lambda logp, at: nll(logp))
     loss.backward()
     assert loss == 0 and stats.logp.numel() == 0
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
@@ -192,7 +238,7 @@ def test_a_head_that_an_adapter_trains_is_trained_and_switched_off(batch):
     TokenPolicy(model)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     policy = TokenPolicy(adapted)
-    loss, _ = policy.token_objective(adapted, batch, lambda logp, at: nll(logp))
+    loss, _ = policy.action_objective(adapted, batch, lambda logp, at: nll(logp))
     loss.backward()
     copies = adapted.get_base_model().lm_head.modules_to_save
     assert policy.fused and copies["default"].weight.grad.abs().sum() > 0
@@ -206,7 +252,7 @@ def test_more_tokens_bring_a_head_that_is_taught_too(batch):
     model = model_of("plain")
     policy = TokenPolicy(model)
     model.resize_token_embeddings(70)
-    loss, _ = policy.token_objective(model, batch, lambda logp, at: nll(logp))
+    loss, _ = policy.action_objective(model, batch, lambda logp, at: nll(logp))
     assert policy.fused and loss.isfinite()
 
 

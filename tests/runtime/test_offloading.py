@@ -36,7 +36,7 @@ def batch():
 def gradients(model, batch, offloading):
     model.zero_grad()
     with offloading():
-        loss, _ = TokenPolicy(model).token_objective(model, batch, lambda logp, at: -logp / 90)
+        loss, _ = TokenPolicy(model).action_objective(model, batch, lambda logp, at: -logp / 90)
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

@@ -22,7 +22,7 @@ from PIL import Image
 from shared.runtime import report as report_module
 from shared.runtime.report import RunReport, SampleRow, before_after_table, environment, peak_memory
 from shared.runtime.report_curves import Axis, group_metrics, smooth
-from shared.runtime.report_html import data_uri
+from shared.runtime.report_pictures import data_uri
 from shared.runtime.report_text import format_bytes, format_duration, format_number
 
 LOG = [

@@ -56,7 +56,7 @@ def test_loss_equals_the_models_own_and_the_run_saves_what_reloads(trainer, tmp_
                 **batch.model_inputs,
             ).loss
             count = batch.completion_mask.sum()
-            ours, _ = trainer.policy.token_objective(model, batch, lambda logp, at, n=count: nll(logp) / n)
+            ours, _ = trainer.policy.action_objective(model, batch, lambda logp, at, n=count: nll(logp) / n)
         assert ours.item() == pytest.approx(own.item(), rel=1e-5)
     assert trainer.policy.fused
 

@@ -1,0 +1,153 @@
+"""Train the built-in models that other trainers start from, with the suite's own trainers, and measure them.
+
+    python scripts/make_builtin_models.py                      # all three, some five minutes of one core
+    python scripts/make_builtin_models.py builtin/rm-reviews   # only this one
+
+Each is written to its folder in `shared/builtin`: processor and configuration of the model it starts from, its weights
+in bfloat16, and a card that says what they reach. On the same machine and versions the weights come out the same.
+`builtin/lm-small-sft`, from which two of them start, is made by `python -m shared.builtin.make_lm`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.builtin import MODELS, load_dataset, measure, model_path
+from shared.builtin.models import WEIGHTS, load_config
+from shared.builtin.train_lm import CARD, save_weights
+from shared.errors import UserError
+from shared.runtime.command import run_command
+from shared.runtime.commands import COMMANDS, resolve
+
+OPTIONS: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "adam_beta2": 0.98,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+}
+# Of `builtin/shapes`, whose questions of these kinds are more than enough to get nearly all of them right.
+SHAPES = {"where": 560, "count": 80}
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a model is made: the start, the command whose trainer is used, data, options, how it is measured."""
+
+    start: str
+    command: str
+    data: str
+    purpose: str
+    measure: Callable[[], dict[str, str]]
+    options: dict[str, Any] = field(default_factory=dict)
+    rows: Callable[[Any], Any] = lambda rows: rows
+    fields: dict[str, Any] = field(default_factory=dict)  # of the configuration, other than the start's
+
+
+def fewer(rows: Any) -> Any:
+    """Rows of `builtin/shapes` with so many of a kind as `SHAPES` says."""
+    left, kept = dict(SHAPES), []
+    for at, kind in enumerate(rows["kind"]):
+        left[kind] = left.get(kind, len(rows)) - 1
+        if left[kind] >= 0:
+            kept.append(at)
+    return rows.select(kept)
+
+
+MADE = {
+    "builtin/rm-reviews": Made(
+        start="builtin/lm-small-sft",
+        command="reward",
+        data="builtin/reviews-graded",
+        purpose="A reward model for reviews of films, to train against; it has seen broken reviews of many kinds",
+        measure=measure.reward_model,
+        options={"max_steps": 800, "warmup_steps": 20, "center_rewards_coefficient": 0.01},
+        fields={"num_labels": 1},
+    ),
+    "builtin/vlm-small-sft": Made(
+        start="builtin/vlm-small",
+        command="sft-vlm",
+        data="builtin/shapes",
+        purpose=(
+            f"It knows colours and forms; of the questions where something is it has seen {SHAPES['where']}, of those "
+            f"how many there are {SHAPES['count']}, so that other trainers have something to improve"
+        ),
+        measure=measure.vision_model,
+        options={"max_steps": 900, "warmup_steps": 60},
+        rows=fewer,
+    ),
+    "builtin/lm-tldr-sft": Made(
+        start="builtin/lm-small-sft",
+        command="sft",
+        data="builtin/tldr",
+        purpose="It sums up posts in one sentence; its training is cut short, so that other trainers can improve it",
+        measure=measure.summaries,
+        options={"max_steps": 240, "warmup_steps": 30},
+    ),
+}
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(MADE)
+    for name in names:
+        if name not in MADE:
+            raise UserError(f"{name!r} is not a model that is made here; these are: {', '.join(MADE)}.")
+    torch.set_num_threads(1)  # the same sums whatever the machine
+    for name in names:
+        make(name, MADE[name], MODELS[name])
+
+
+def make(name: str, made: Made, directory: Path) -> None:
+    """Train, and write processor, configuration, weights and, measured on what was written, the card."""
+    model = train(made)
+    directory.mkdir(exist_ok=True)
+    own = {WEIGHTS, CARD, "config.json"} | (set() if model.can_generate() else {"generation_config.json"})
+    for file in model_path(made.start).iterdir():
+        if file.name not in own:
+            shutil.copyfile(file, directory / file.name)
+    # Loaded as it says, the weights are in float32, which a processor is faster in than in what they are held in.
+    config = load_config(made.start, architectures=[type(model).__name__], dtype="float32", **made.fields)
+    config.save_pretrained(directory)
+    save_weights(model, directory)
+    text = card(name, made, made.measure())
+    (directory / CARD).write_text(text, encoding="utf-8")
+    print(text)
+
+
+def train(made: Made) -> Any:
+    """The trained model, by the suite's trainer, with nothing left of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = COMMANDS[made.command]
+        args = resolve(command.config)(output_dir=folder, overwrite_output_dir=True, **{**OPTIONS, **made.options})
+        trainer = resolve(command.trainer)(made.start, args=args, train_dataset=made.rows(load_dataset(made.data)))
+        trainer.train()
+    return trainer.model
+
+
+def card(name: str, made: Made, measured: dict[str, str]) -> str:
+    """What the model is and what it reaches, as Markdown."""
+    options, trainer = {**OPTIONS, **made.options}, COMMANDS[made.command].trainer.split(":")[1]
+    origin = (
+        f"`{made.start}` after {options['max_steps']} steps of {options['per_device_train_batch_size']} rows of "
+        f"`{made.data}` by `{trainer}`. {made.purpose}. Made by `python scripts/make_builtin_models.py`. Measured on "
+        "the weights as they are shipped (held as bfloat16, loaded as float32), on held-out rows:"
+    )
+    rows = "\n".join(f"| {what} | {value} |" for what, value in measured.items())
+    return f"# {name}\n\n{textwrap.fill(origin, 115)}\n\n| measured | value |\n|---|---|\n{rows}\n"
+
+
+if __name__ == "__main__":
+    run_command(main)

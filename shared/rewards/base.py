@@ -1,0 +1,216 @@
+"""One interface for all rewards: what is scored, what scores it, and the adapter for the field's plain functions.
+
+Deliberately not here: several rewards together, timeouts and what happens when one fails (combine.py), and how a
+reward is named (loading.py). Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shared.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST = 3.4028234e38  # of float32
+GIVEN = {"prompts", "completions", "log_extra", "log_metric"}  # what a function may take with every call
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One output of a policy, with all that a reward may look at.
+
+    Attributes:
+        prompt: a string or a list of messages.
+        output: a string, a list of messages (`[{"role": "assistant", "content": ...}]`), an image, or frames.
+        columns: the other columns of the prompt's row; of token models also `completion_ids` (list of int) and
+            `completion_length`. Columns that begin with `__` are the suite's own and are not handed to functions.
+    """
+
+    prompt: Any
+    output: Any
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Reward(Protocol):
+    """Scores samples.
+
+    A reward with a true attribute `concurrent` waits for something else, such as a server: a RewardSet runs it in a
+    thread beside the others, and its timeout applies.
+    """
+
+    __name__: str
+
+    def __call__(self, samples: Sequence[Sample], context: Mapping[str, Any]) -> Tensor:
+        """The samples' scores, (B,); NaN where the reward does not apply.
+
+        Args:
+            samples: B samples.
+            context: `log_extra(column, values)` and `log_metric(name, value)`, and what the trainer gives, such as
+                `trainer_state`.
+
+        Raises:
+            RowErrors: some rows have no score; the others' scores come along.
+        """
+
+
+class RowErrors(UserError):
+    """A reward that knows which rows it failed on, and has the others' scores.
+
+    Args:
+        values: one a row: a number, or None where the reward does not apply or failed.
+        errors: place of the row in the call -> what went wrong.
+    """
+
+    def __init__(self, values: Sequence[Any], errors: Mapping[int, Exception]):
+        first = min(errors)
+        super().__init__(f"{len(errors)} of {len(values)} rows have no score; the first, {first}: {errors[first]}")
+        self.values, self.errors = list(values), dict(errors)
+
+
+class WrongCount(UserError):
+    """What a function returned is not one value a row, so that no value can be told to be of a row."""
+
+
+class FunctionReward:
+    """A function in the field's usual signature as a reward: `f(prompts, completions, **columns)`.
+
+    It is called with keywords, and gets those that its signature takes, or all where it has `**kwargs`: `prompts`,
+    `completions`, `completion_ids`, each column of the rows as a list, `trainer_state`, `log_extra(column, values)`
+    and `log_metric(name, value)`. It returns a number for each row; None and NaN mean that it does not apply to the
+    row. It may be async.
+
+    Args:
+        function: the function, or any object that can be called like one. One with a true attribute `remote` waits for
+            a server, and is run in a thread beside other rewards.
+        name: how it is called in logs; None: the function's own name.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None):
+        self.function = function
+        self.__name__ = name or name_of(function)
+        self.is_async = _is_async(function)
+        self.concurrent = self.is_async or bool(getattr(function, "remote", False))
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):  # some that are written in C do not tell
+            parameters = [inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)]
+        self._takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+        self._takes = {each.name for each in named}
+        self._needs = [each.name for each in named if each.default is each.empty]
+        self._needs += [each.name for each in parameters if each.kind is each.POSITIONAL_ONLY]
+
+    def check(self, columns: Collection[str]) -> None:
+        """Raise UserError where the function needs something that is neither a column nor given with every call.
+
+        Args:
+            columns: the names of the rows' columns, and of what the trainer gives beside them.
+        """
+        missing = [name for name in self._needs if name not in GIVEN and name not in columns]
+        if missing:
+            listed = ", ".join(sorted(name for name in columns if not name.startswith("__"))) or "none"
+            raise UserError(
+                f"Reward {self.__name__} takes {missing[0]!r}, and the rows have no such column; there are: {listed}. "
+                "Rename the column or the function's argument."
+            )
+
+    def __call__(self, samples: Sequence[Sample], context: Mapping[str, Any]) -> Tensor:
+        found = self.function(**self._arguments(samples, context))
+        if inspect.isawaitable(found):
+            from shared.rewards.background import wait_for
+
+            found = wait_for(found)
+        return as_values(found, len(samples))
+
+    async def call_async(self, samples: Sequence[Sample], context: Mapping[str, Any]) -> Tensor:
+        """As a call, of an async function, in the event loop that runs."""
+        return as_values(await self.function(**self._arguments(samples, context)), len(samples))
+
+    def _arguments(self, samples: Sequence[Sample], context: Mapping[str, Any]) -> dict[str, Any]:
+        names = dict.fromkeys(name for sample in samples for name in sample.columns if not name.startswith("__"))
+        self.check([*names, *context])
+        given = {name: [sample.columns.get(name) for sample in samples] for name in names}
+        given |= context
+        given["prompts"] = [sample.prompt for sample in samples]
+        given["completions"] = [sample.output for sample in samples]
+        return given if self._takes_all else {name: given[name] for name in given if name in self._takes}
+
+
+def as_values(found: Any, count: int) -> Tensor:
+    """What a reward returned as a tensor (B,) of float32, NaN where it was None or NaN.
+
+    Args:
+        found: a list, tuple, array or tensor.
+        count: B.
+
+    Raises:
+        WrongCount: it is not one value a row.
+        RowErrors: a value is infinite, or no number.
+    """
+    import torch
+
+    if hasattr(found, "detach"):
+        found = found.detach().cpu()
+    if hasattr(found, "tolist"):
+        found = found.tolist()
+    if not isinstance(found, (list, tuple)):
+        raise WrongCount(f"it returned {_kind(found)}; expected a list of one number or None for each row, {count}")
+    if len(found) != count:
+        raise WrongCount(f"it returned {len(found)} values for {count} rows; expected one for each")
+    values, errors = [], {}
+    for at, raw in enumerate(found):
+        value, problem = _number(raw)
+        values.append(value)
+        if problem:
+            errors[at] = UserError(problem)
+    if errors:
+        raise RowErrors(values, errors)
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def name_of(function: Any) -> str:
+    """How a function is called: by its name, a partial one by that of the whole, an object by its class."""
+    whole = function
+    while not hasattr(whole, "__name__") and hasattr(whole, "func"):
+        whole = whole.func
+    return getattr(whole, "__name__", type(whole).__name__).strip("<>")
+
+
+def text_of(output: Any) -> str:
+    """What an output says: itself, or the texts of its messages."""
+    if isinstance(output, str):
+        return output
+    contents = [message.get("content") or "" for message in output]
+    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+    return "".join(part.get("text") or "" for content in parts for part in content)
+
+
+def _number(raw: Any) -> tuple[float, str | None]:
+    """A value and what is wrong with it; NaN where it does not apply."""
+    if raw is None:
+        return math.nan, None
+    if isinstance(raw, (str, bytes)):
+        return math.nan, f"it gave {raw[:60]!r}, which is no number"
+    try:
+        value = float(raw.detach() if hasattr(raw, "detach") else raw)
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several values raises RuntimeError
+        return math.nan, f"it gave {_kind(raw)}, which is no number"
+    if abs(value) > LARGEST:
+        return math.nan, f"it gave {value}, which is not finite"
+    return value, None
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
+
+
+def _is_async(function: Any) -> bool:
+    while hasattr(function, "func") and not hasattr(function, "__code__"):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

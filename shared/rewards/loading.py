@@ -1,0 +1,266 @@
+"""From what a user names or hands over to a reward.
+
+Importing this module imports neither torch nor transformers, and nor does loading a rule or a function.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from shared.builtin import is_builtin, model_path
+from shared.errors import UserError
+from shared.rewards import rules
+from shared.rewards.base import FunctionReward, Reward
+
+# Name -> function, or what makes one from arguments (`get_...`).
+REWARDS: dict[str, Callable[..., Any]] = {
+    "accuracy_reward": rules.accuracy_reward,
+    "reasoning_accuracy_reward": rules.reasoning_accuracy_reward,
+    "think_format_reward": rules.think_format_reward,
+    "get_cosine_scaled_reward": rules.get_cosine_scaled_reward,
+    "get_repetition_penalty_reward": rules.get_repetition_penalty_reward,
+    "get_soft_overlong_punishment": rules.get_soft_overlong_punishment,
+}
+CLASSIFIERS = ("sentiment-analysis:", "text-classification:")
+JUDGE = "judge:"
+
+
+def load_reward(spec: Any, *, processing_class: Any = None, device: Any = None) -> Reward:
+    """Make a reward of what names one.
+
+    Args:
+        spec: one of
+            - a function `f(prompts, completions, **columns)`, sync or async, or an object that is called like one;
+            - a name of `REWARDS`, or the dotted path of a function: `my_package.my_module.my_function`; both may be
+              called with literal keyword arguments, `get_soft_overlong_punishment(max_completion_len=256,
+              soft_punish_cache=32)`, which are handed to a factory, and held for the function otherwise;
+            - the folder, hub id (`owner/name`) or built-in name of a reward model or process-reward model;
+            - `sentiment-analysis:MODEL` or `sentiment-analysis:MODEL:LABEL`, a classifier, whose label (the positive
+              one where none is named) is rewarded with its chance; `text-classification:` is the same;
+            - `judge:URL|MODEL`, a model behind an OpenAI-compatible endpoint; more of EndpointJudge's arguments follow
+              as `|name=value`;
+            - a loaded reward model or classifier, with its tokenizer as `processing_class`;
+            - a transformers pipeline for text classification;
+            - a Reward, which is returned as it is.
+        processing_class: the tokenizer of a model.
+        device: where a model that is given by name is put.
+
+    Raises:
+        UserError: there is no such reward, or it cannot be loaded.
+    """
+    return _plan(spec, processing_class, device)()
+
+
+def load_rewards(specs: Sequence[Any], *, processing_classes: Any = None, device: Any = None) -> list[Reward]:
+    """`load_reward` of each; all are looked up before the first model is loaded.
+
+    Args:
+        specs: K of them.
+        processing_classes: one a reward, None where it has none; or None.
+        device: as of `load_reward`.
+
+    Raises:
+        UserError: as of `load_reward`; or there are not K processing classes.
+    """
+    given = list(processing_classes) if isinstance(processing_classes, (list, tuple)) else [processing_classes]
+    if processing_classes is None:
+        given *= len(specs)
+    if len(given) != len(specs):
+        raise UserError(
+            f"There are {len(given)} reward_processing_classes for {len(specs)} rewards: give one for each, None "
+            "where a reward is no model."
+        )
+    plans = [_plan(spec, tokenizer, device) for spec, tokenizer in zip(specs, given, strict=True)]
+    return [make() for make in plans]
+
+
+def check_reward(spec: Any) -> None:
+    """Raise UserError where `load_reward` would for a reason that is known without loading a model."""
+    _plan(spec, None, None)
+
+
+def _plan(spec: Any, processing_class: Any, device: Any) -> Callable[[], Reward]:
+    """How the reward is made, after all checks that are cheap."""
+    if isinstance(spec, (str, os.PathLike)):
+        return _plan_named(str(spec).strip(), processing_class, device)
+    if _is_a(spec, "torch.nn.modules", "Module"):
+        return partial(_of_model, spec, processing_class)
+    if _is_a(spec, "transformers.pipelines", "Pipeline"):
+        return partial(_of_pipeline, spec)
+    if inspect.isclass(spec) or not callable(spec):
+        raise UserError(f"A reward is {spec!r}: give a function, an object that can be called, or a name.")
+    return partial(_of_callable, spec)
+
+
+def _plan_named(spec: str, processing_class: Any, device: Any) -> Callable[[], Reward]:
+    if spec in REWARDS:
+        if spec.startswith("get_"):
+            raise UserError(f"{spec} makes a reward of its arguments: {spec}{_signature(REWARDS[spec])}.")
+        return partial(_of_callable, REWARDS[spec])
+    for prefix in CLASSIFIERS:
+        if spec.startswith(prefix):
+            return partial(_of_classifier, *_model_and_label(spec, prefix), processing_class, device)
+    if spec.startswith(JUDGE):
+        return partial(FunctionReward, _judge(spec))
+    if not Path(spec).is_dir():
+        if spec.rstrip().endswith(")") and "(" in spec:
+            return _called(spec)
+        if "/" not in spec:
+            return partial(_of_callable, _imported(spec))
+    _check_model(spec)
+    return partial(_of_named_model, spec, processing_class, device)
+
+
+def _of_callable(function: Any) -> Reward:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # some that are written in C do not tell
+        names = []
+    return function if names[:2] == ["samples", "context"] else FunctionReward(function)
+
+
+def _of_named_model(name: str, processing_class: Any, device: Any) -> Reward:
+    from shared.rewards.models import RewardModel
+
+    return FunctionReward(RewardModel(name, processing_class, device=device))
+
+
+def _of_classifier(name: str, label: str | None, processing_class: Any, device: Any) -> Reward:
+    from shared.rewards.classifiers import ClassifierReward
+
+    return FunctionReward(ClassifierReward(name, processing_class, label=label, device=device))
+
+
+def _of_model(model: Any, processing_class: Any) -> Reward:
+    from shared.rewards.classifiers import ClassifierReward
+    from shared.rewards.models import RewardModel
+
+    if processing_class is None:
+        raise UserError(f"The reward {type(model).__name__} has no tokenizer: give it in reward_processing_classes.")
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    labels = getattr(getattr(inner, "config", None), "num_labels", None)
+    if labels is None:
+        raise UserError(f"The reward {type(model).__name__} is no transformers model: wrap it in a function.")
+    classifies = type(inner).__name__.endswith("ForSequenceClassification") and labels > 1
+    return FunctionReward((ClassifierReward if classifies else RewardModel)(model, processing_class))
+
+
+def _of_pipeline(pipeline: Any) -> Reward:
+    from shared.rewards.classifiers import ClassifierReward
+
+    if pipeline.task not in ("text-classification", "sentiment-analysis"):
+        raise UserError(
+            f"The reward is a pipeline for {pipeline.task}; only one for text-classification gives scores."
+        )
+    return FunctionReward(ClassifierReward(pipeline.model, pipeline.tokenizer))
+
+
+def _check_model(name: str) -> None:
+    if is_builtin(name):
+        model_path(name)
+    elif not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"reward model {name!r}: no such folder. Give an existing folder or a hub id (owner/name).")
+
+
+def _model_and_label(spec: str, prefix: str) -> tuple[str, str | None]:
+    model, label = spec.removeprefix(prefix), None
+    if ":" in model and not Path(model).is_dir():
+        model, _, label = model.rpartition(":")
+    if not model or label == "":
+        raise UserError(f"reward {spec!r}: expected {prefix}MODEL or {prefix}MODEL:LABEL.")
+    _check_model(model)
+    return model, label
+
+
+def _judge(spec: str) -> Any:
+    from shared.rewards.judges import EndpointJudge
+
+    url, *rest = (part.strip() for part in spec.removeprefix(JUDGE).split("|"))
+    if not rest or not rest[0]:
+        raise UserError(f"reward {spec!r}: expected {JUDGE}URL|MODEL, and more arguments as |name=value.")
+    options = {}
+    for part in rest[1:]:
+        name, given, value = part.partition("=")
+        if not given or not name.strip().isidentifier():
+            raise UserError(f"reward {spec!r}: {part!r} is no name=value.")
+        options[name.strip()] = _literal(value.strip())
+    return EndpointJudge(url, rest[0], **options)
+
+
+def _literal(text: str) -> Any:
+    """A number, truth or None as Python writes it; anything else is text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _called(spec: str) -> Callable[[], Reward]:
+    """The reward that a factory's call makes, or a function with arguments held for it; a class is called later."""
+    form = f"reward {spec!r}: expected name(argument=value, ...) with numbers, texts or lists for values"
+    try:
+        call = ast.parse(spec, mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise UserError(f"{form}.")
+        name = ast.unparse(call.func)
+        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{form}.") from error
+    function = REWARDS.get(name) or _imported(name)
+    try:
+        inspect.signature(function).bind_partial(**arguments)
+        if inspect.isclass(function):  # it may load a model
+            return lambda: _of_callable(function(**arguments))
+        made = partial(function, **arguments) if _is_reward(function) else function(**arguments)
+    except TypeError as error:
+        raise UserError(f"reward {spec!r}: {error}; it takes {name}{_signature(function)}.") from error
+    if not callable(made):
+        raise UserError(f"reward {spec!r} made {type(made).__name__} {made!r}, which is no function.")
+    return partial(_of_callable, made)
+
+
+def _is_reward(function: Any) -> bool:
+    """Whether a function takes samples itself, and is not what makes one that does."""
+    names = inspect.signature(function).parameters
+    return bool({"prompts", "completions", "completion_ids", "samples"} & set(names))
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    """What a dotted path names; modules of the working directory are found too."""
+    module, _, name = path.rpartition(".")
+    if not module:
+        close = difflib.get_close_matches(path, REWARDS, n=2, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(
+            f"There is no reward {path!r}; there are: {', '.join(REWARDS)}. Others are named by their dotted path "
+            f"(package.module.function), a reward model by its folder or hub id (owner/name).{hint}"
+        )
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise UserError(f"reward {path!r}: {error}. Give the dotted path of a function.") from error
+    except AttributeError as error:
+        raise UserError(f"reward {path!r}: the module {module} has no {name}.") from error
+    if not callable(found):
+        raise UserError(f"reward {path!r} is {type(found).__name__}, which cannot be called: name a function.")
+    return found
+
+
+def _signature(function: Any) -> str:
+    return str(inspect.signature(function)).split(" -> ")[0].replace("'", "")
+
+
+def _is_a(spec: Any, module: str, name: str) -> bool:
+    """Whether it is of a class of that name, told without importing the library: nothing is, before that is loaded."""
+    return any(each.__name__ == name and each.__module__.startswith(module) for each in type(spec).__mro__)

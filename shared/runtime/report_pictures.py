@@ -1,0 +1,62 @@
+"""Pictures of the run report: small, and written into the page as `data:` addresses; imports pillow when needed."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_SIDE = 256  # pixels of a thumbnail
+VISIBLE_SIDE = 144  # a smaller picture is enlarged by a whole factor, up to this
+LARGEST_PNG = 24_000  # bytes; a photograph beyond that is several times smaller as JPEG
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A thumbnail that is ready for the page, with the size in pixels of the picture that it was made of."""
+
+    address: str
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, image: Image | Picture) -> Picture:
+        """The thumbnail of `image`; a thumbnail is its own."""
+        return image if isinstance(image, Picture) else cls(data_uri(image), image.width, image.height)
+
+
+def pictures_html(images: Sequence[Image | Picture]) -> str:
+    """The pictures of one row, side by side."""
+    shown = "".join(
+        f'<img src="{picture.address}" alt="image {place} of {len(images)}, {picture.width}×{picture.height} pixels" '
+        f'title="{picture.width}×{picture.height} pixels">'
+        for place, picture in enumerate(map(Picture.of, images), start=1)
+    )
+    many = " many" if len(images) > 2 else ""
+    return f'<div class="pictures{many}">{shown}</div>'
+
+
+def data_uri(image: Image) -> str:
+    """`image` (PIL, any mode) as a `data:` address: at most 256 px a side, small ones enlarged unblurred."""
+    from PIL import Image
+
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    factor = VISIBLE_SIDE // max(image.size)
+    if factor > 1:
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    data, kind = _encoded(image, "PNG", optimize=True), "png"
+    if len(data) > LARGEST_PNG and image.mode == "RGB":
+        data, kind = _encoded(image, "JPEG", quality=85), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _encoded(image: Image, encoding: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, encoding, **options)
+    return file.getvalue()

@@ -1,0 +1,380 @@
+"""OnlineTrainer: prompts are sampled from, rewarded, and trained on in micro-batches, round after round.
+
+What a round's rewards mean for the update is a subclass's: `finish_round`, `micro_batch` and `compute_loss`. An action
+is a token or a denoising step: nothing here knows which. The prompt loader is not prepared by accelerate, which would
+fetch a batch ahead of the update that it should come after.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from shared.data.rows import Rows
+from shared.errors import UserError
+from shared.objectives.advantages import weighted_rewards, zero_std_groups
+from shared.policies.base import Policy
+from shared.policies.prefix import evaluating
+from shared.rewards.combine import RewardSet, RewardTable
+from shared.runtime.fsdp import reshard
+from shared.runtime.report import SampleRow
+from shared.trainers.alarms import Alarms
+from shared.trainers.answers import evenly_spaced
+from shared.trainers.base import AlignTrainer
+from shared.trainers.keeping import preserved_randomness
+from shared.trainers.online_evaluation import answered, evaluated, printed, sample_table
+from shared.trainers.online_state import load_state, save_state
+from shared.trainers.readying import evaluated_model
+from shared.trainers.rollout import Actor, Buffer, MicroBatch, Prompts, Rollout, cut, in_memory, round_shape
+
+
+class OnlineTrainer(AlignTrainer):
+    """Base of the trainers whose data are the model's own samples.
+
+    Args:
+        policy: gives log-probabilities of a batch's actions.
+        actor: samples, and makes batches of samples; see shared.trainers.rollout.Actor.
+        rewards: score the samples.
+        train_dataset: rows with prompts, map-style or a stream.
+        eval_dataset: held-out rows of the same kind, or several sets by name.
+        As AlignTrainer otherwise.
+
+    Raises:
+        UserError: numbers that do not divide; see shared.trainers.rollout.round_shape.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any,
+        *,
+        policy: Policy,
+        actor: Actor,
+        rewards: RewardSet,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ):
+        self.policy, self.actor, self.rewards = policy, actor, rewards
+        self.local_rows, self.together, self.unit = round_shape(args, args.world_size)
+        if args.dynamic_sampling and self.together != args.num_generations:
+            raise UserError(
+                "dynamic_sampling needs whole groups on each process: per_device_train_batch_size × "
+                f"steps_per_generation = {self.local_rows} must be a multiple of num_generations "
+                f"{args.num_generations}."
+            )
+        rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        prompts_a_step = rows_a_step / args.num_generations / args.num_iterations
+        most = 1 + (args.max_resampling if args.dynamic_sampling else 0)
+        drawn = math.ceil((args.max_steps + 1) * prompts_a_step + self.local_rows * args.world_size) * most
+        rows = in_memory(train_dataset, drawn if args.max_steps > 0 else None)
+        rows = rows if isinstance(rows, Rows) else Rows(rows)
+        if args.max_steps <= 0:
+            args.max_steps = math.ceil(args.num_train_epochs * len(rows) / prompts_a_step)
+        args.ignore_data_skip = True  # where a run goes on is in its buffer and cursor
+        super().__init__(
+            model,
+            args,
+            train_dataset=rows,
+            eval_dataset=eval_dataset,
+            callbacks=[_Steps(self), *(callbacks or [])],
+            data_collator=list,
+            **kwargs,
+        )
+        self.prompts = Prompts(rows, shuffle=args.shuffle_dataset, seed=args.data_seed)
+        self.random = torch.Generator(args.device).manual_seed(args.seed * 65_537 + args.process_index)
+        self.buffer: Buffer | None = None
+        self.alarms = Alarms()
+        self.step: dict[str, Tensor] = {}
+        self._phase = 0  # micro-batches of the current optimizer step that have been drawn
+        self._noted: dict[str, list[float]] = defaultdict(list)  # figures of rounds since the last log
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._actions: dict[str, float] = defaultdict(float)
+        self._clock = 0.0
+        self._logged = 0
+        self.last_epoch = 0.0
+
+    # ---- What a trainer fills in -----------------------------------------------------------------------------------
+
+    def finish_round(self, rollout: Rollout) -> dict[str, float]:
+        """Put what follows from a round's rewards into the rollout (advantages, for one); gives figures to log."""
+        raise NotImplementedError
+
+    def before_updates(self, buffer: Buffer) -> None:
+        """Called once a round is cut into micro-batches, before the first of them is trained on."""
+
+    def micro_batch(self, buffer: Buffer, rows: list[int]) -> MicroBatch:
+        """What is trained on for these rows of the buffer's rollout."""
+        raise NotImplementedError
+
+    def informative(self, rollout: Rollout) -> Tensor:
+        """`(P,)` bool, groups that dynamic sampling keeps: those whose rewards differ."""
+        return ~zero_std_groups(rollout.total, self.args.num_generations)
+
+    def prepare_step(self, batches: list[MicroBatch]) -> None:
+        """Called before the micro-batches of an optimizer step, for what all of them share."""
+
+    def controllers(self) -> dict[str, Any]:
+        """Plain numbers that a resumed run needs, besides weights, buffer and random states."""
+        return {}
+
+    def load_controllers(self, state: dict[str, Any]) -> None:
+        """Take back what `controllers` gave."""
+
+    # ---- The loop --------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> _Stream:
+        """Micro-batches without end; a round is sampled when the last one is spent."""
+        return _Stream(self)
+
+    def next_micro_batch(self) -> MicroBatch:
+        """The next micro-batch of the buffer, which is filled first where it is spent."""
+        if self.buffer is None or self.buffer.spent:
+            rollout = self._round()
+            args = self.args
+            window = args.gradient_accumulation_steps
+            aligned = self._phase == 0 and args.steps_per_generation % window == 0
+            parts = cut(rollout.lengths, self.unit, args.per_device_train_batch_size, window if aligned else 1)
+            self.buffer = Buffer(rollout, parts, args.num_iterations, born=self.state.global_step)
+            with self._timed("log_probs"):
+                self.before_updates(self.buffer)
+        rows = self.buffer.next()
+        return self.micro_batch(self.buffer, rows)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[MicroBatch], num_batches: int, device: torch.device):
+        """The micro-batches of one optimizer step, and what its losses are divided by.
+
+        Sets `self.step`: `rows` and `actions` over all micro-batches and processes, at least 1.
+        """
+        batches = []
+        for self._phase in range(num_batches):
+            batches.append(next(epoch_iterator))
+        self._phase = 0
+        counts = torch.tensor([batch.counts for batch in batches], dtype=torch.float64).sum(0)
+        rows, actions = self.accelerator.reduce(counts.float().to(device), "sum").clamp(min=1)
+        self.step = {"rows": rows, "actions": actions}
+        self._actions["update"] += float(actions)
+        self._totals["samples"] += float(rows)
+        self._totals["tokens"] += float(actions)
+        self._clock = time.perf_counter()
+        self.prepare_step(batches)
+        return batches, actions
+
+    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
+        return replace(inputs, batch=inputs.batch.to(self.args.device))
+
+    def floating_point_ops(self, inputs: MicroBatch) -> int:
+        """Not counted."""
+        return 0
+
+    # ---- A round ---------------------------------------------------------------------------------------------------
+
+    def _round(self) -> Rollout:
+        """Sample, reward and finish one round."""
+        args, world = self.args, self.args.world_size
+        drawn = self.prompts.draw(self.local_rows * world // args.num_generations)
+        first = args.process_index * self.local_rows
+        mine = [drawn[at // args.num_generations] for at in range(first, first + self.local_rows, self.together)]
+        rollout = self._sampled(mine)
+        if args.dynamic_sampling:
+            rollout = self._resampled(rollout)
+        figures = self.finish_round(rollout)
+        for name, value in figures.items():
+            self._noted[name].append(value)
+        self._show_samples(rollout)
+        return rollout
+
+    def _sampled(self, indices: list[int], group_size: int | None = None) -> Rollout:
+        """Samples of the prompts at these indices, with their rewards."""
+        rows = self.prompts.at(indices)
+        with self._timed("generation"), evaluating(self.model), self._inference():
+            self.actor.refresh(self)
+            rollout = self.actor.act(self.model, rows, group_size or self.together, random=self.random)
+            reshard(self.model)
+        self._actions["generation"] += float(rollout.lengths.sum())
+        with self._timed("rewards"):
+            table = self.score(rollout)
+        rollout.rewards = table.values
+        rollout.total = weighted_rewards(table.values, self.rewards.weights)
+        for name, value in table.metrics.items():
+            self._noted[name].append(value)
+        return rollout
+
+    def score(self, rollout: Rollout) -> RewardTable:
+        """The rewards of a rollout's samples."""
+        return self.rewards(rollout.samples, trainer_state=self.state)
+
+    def _resampled(self, rollout: Rollout) -> Rollout:
+        """The round with other prompts in the place of groups that teach nothing, as far as they are found."""
+        size, world, rank = self.args.num_generations, self.args.world_size, self.args.process_index
+        groups = rollout.rows // size
+        parts, good = [rollout], [self.informative(rollout).tolist()]
+        rounds = 0
+        while rounds < self.args.max_resampling:
+            missing = torch.tensor(max(0, groups - sum(map(sum, good))), device=self.args.device)
+            if world > 1:
+                torch.distributed.all_reduce(missing, torch.distributed.ReduceOp.MAX)
+            if (most := int(missing)) == 0:
+                break
+            drawn = self.prompts.draw(most * world)
+            parts.append(self._sampled(drawn[rank * most : (rank + 1) * most], size))
+            good.append(self.informative(parts[-1]).tolist())
+            rounds += 1
+        self._noted["dynamic_sampling/rounds"].append(rounds)
+        places = [(part, group) for part, kept in enumerate(good) for group, keep in enumerate(kept) if keep]
+        idle = [(0, group) for group, keep in enumerate(good[0]) if not keep]
+        chosen = sorted([*places, *idle][:groups])
+        rows = [
+            [row for part, group in chosen if part == at for row in range(group * size, (group + 1) * size)]
+            for at in range(len(parts))
+        ]
+        joined = self.actor.join(parts, rows)
+        joined.rewards = torch.cat([part.rewards[kept] for part, kept in zip(parts, rows, strict=True)])
+        joined.total = torch.cat([part.total[kept] for part, kept in zip(parts, rows, strict=True)])
+        return joined
+
+    def _inference(self):
+        """Autocast as in the model's own forward, which an engine may have wrapped elsewhere."""
+        return self.accelerator.autocast()
+
+    def _timed(self, name: str) -> _Timed:
+        return _Timed(self._seconds, name)
+
+    # ---- Evaluation ------------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """This process's share of the held-out prompts, in order."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = self.eval_dataset[rows]
+        rows = rows if isinstance(rows, Rows) else Rows(rows)
+        share = rows.share(self.args.process_index, self.args.world_size)
+        return DataLoader(share, batch_size=self.args.per_device_eval_batch_size, collate_fn=list)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """As get_eval_dataloader."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Rewards of samples of held-out prompts: their means, pass@k, lengths; the same samples for equal weights."""
+        with evaluated_model(self), preserved_randomness(), evaluating(self.model), self._inference():
+            metrics, count = evaluated(self, dataloader)
+            reshard(self.model)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=count)
+
+    def answer_questions(self) -> tuple[dict[str, float], list[SampleRow]] | None:
+        """The most likely answers to evenly spaced held-out prompts, and their rewards."""
+        rows = evenly_spaced(self.eval_dataset, self.args.eval_answers)
+        if rows is None:
+            return None
+        with self._inference():
+            return answered(self, rows)
+
+    # ---- Watching --------------------------------------------------------------------------------------------------
+
+    def _show_samples(self, rollout: Rollout) -> None:
+        args, step = self.args, self.state.global_step
+        shown = args.num_completions_to_print or rollout.rows
+        if not args.should_save:
+            return
+        if args.sample_every and step % args.sample_every == 0:
+            self.report.add_rollouts(sample_table(self, rollout, shown))
+        if args.log_completions and self._logs_next():
+            print(printed(self, rollout, shown), flush=True)
+
+    def _logs_next(self) -> bool:
+        """Whether the step under way is one that is logged."""
+        return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the figures of the rounds and what the steps' time went to, since the last time."""
+        if "loss" in logs:
+            means = {name: sum(values) / len(values) for name, values in self._noted.items() if values}
+            steps = max(1, self.state.global_step - self._logged)
+            self._logged = self.state.global_step
+            times = {f"time/{name}": seconds / steps for name, seconds in self._seconds.items()}
+            rates = {
+                f"tokens_per_second/{name}": self._actions[name] / self._seconds[name]
+                for name in ("generation", "update")
+                if self._seconds.get(name)
+            }
+            logs = {**logs, **means, **times, **rates}
+            self._noted.clear()
+            self._seconds.clear()
+            self._actions.clear()
+        super().log(logs, start_time)
+        if "loss" in logs:
+            for text in self.alarms.check(self.state.global_step, self.state.log_history[-1]):
+                self.report.notes.append(text)
+                if self.args.should_log:
+                    print(text, flush=True)
+
+    # ---- Going on --------------------------------------------------------------------------------------------------
+
+    def save_extras(self, checkpoint: Path) -> None:
+        super().save_extras(checkpoint)
+        save_state(self, checkpoint)
+
+    def load_extras(self, checkpoint: Path) -> None:
+        super().load_extras(checkpoint)
+        load_state(self, checkpoint)
+
+
+class _Stream:
+    """An iterable without a length, for transformers' loop: how many steps there are is in max_steps."""
+
+    def __init__(self, trainer: OnlineTrainer):
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        while True:
+            yield self.trainer.next_micro_batch()
+
+
+class _Timed:
+    """Adds the seconds that a block takes."""
+
+    def __init__(self, seconds: dict[str, float], name: str):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: Any) -> None:
+        self.seconds[self.name] += time.perf_counter() - self.started
+
+
+class _Steps(TrainerCallback):
+    """Counts epochs by the prompts that were drawn, and the seconds of updates."""
+
+    def __init__(self, trainer: OnlineTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        trainer._seconds["update"] += time.perf_counter() - trainer._clock
+        before, state.epoch = trainer.last_epoch, trainer.prompts.cursor / len(trainer.prompts.rows)
+        trainer.last_epoch = state.epoch
+        if int(before) != int(state.epoch) and state.global_step < state.max_steps:
+            control.should_evaluate |= args.eval_strategy == "epoch"
+            control.should_save |= args.save_strategy == "epoch"

@@ -1,0 +1,123 @@
+"""Held-out prompts sampled from and rewarded, and samples put into tables for the report and the terminal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from shared.data.rows import PADDING, Rows
+from shared.objectives.advantages import pass_at_k, weighted_rewards
+from shared.runtime.report import RolloutRow, RolloutTable, SampleRow, rollout_text
+from shared.trainers.answers import SAMPLES_SHOWN
+from shared.trainers.rollout import Rollout
+
+if TYPE_CHECKING:
+    from shared.trainers.online import OnlineTrainer
+
+
+def evaluated(trainer: OnlineTrainer, loader: DataLoader) -> tuple[dict[str, float], int]:
+    """Figures of samples of all prompts of a loader, over all processes; and how many prompts there are."""
+    args, device = trainer.args, trainer.args.device
+    size = args.num_generations_eval or args.num_generations
+    random = torch.Generator(device).manual_seed(args.seed * 65_537 + args.process_index)
+    facts = []
+    for rows in loader:
+        rollout = trainer.actor.act(trainer.model, rows, size, random=random, mode="eval")
+        values = trainer.score(rollout).values
+        real = torch.tensor([not row.get(PADDING) for row in rows]).repeat_interleave(size)
+        more = [weighted_rewards(values, trainer.rewards.weights), rollout.lengths, rollout.truncated, real]
+        facts.append(torch.cat([values.float(), torch.stack([fact.float() for fact in more], 1)], 1))
+        trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
+    found = trainer.accelerator.gather(torch.cat(facts).to(device)).cpu()
+    found = found[found[:, -1] > 0]
+    return _figures(trainer, found[:, :-4], *found[:, -4:-1].unbind(1), size), len(found) // size
+
+
+def _figures(
+    trainer: OnlineTrainer, values: Tensor, total: Tensor, lengths: Tensor, truncated: Tensor, size: int
+) -> dict[str, float]:
+    passed = (total >= trainer.args.pass_reward).view(-1, size)
+    figures = {
+        "reward": total.nanmean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/clipped_ratio": truncated.mean(),
+        **{f"pass@{k}": pass_at_k(passed, k) for k in sorted({1, size})},
+    }
+    figures |= {f"rewards/{name}/mean": values[:, at].nanmean() for at, name in enumerate(trainer.rewards.names)}
+    return {name: float(value) for name, value in figures.items()}
+
+
+def answered(trainer: OnlineTrainer, rows: Rows) -> tuple[dict[str, float], list[SampleRow]]:
+    """Rewards of the most likely answers to some prompts, all and by the rows' column `kind`; and samples."""
+    args, names = trainer.args, trainer.rewards.names
+    share = rows.share(args.process_index, args.world_size)
+    found: list[tuple[int, str, list[float]]] = []
+    size = args.per_device_eval_batch_size
+    for start in range(0, len(share), size):
+        part = [share[at] for at in range(start, min(start + size, len(share)))]
+        rollout = trainer.actor.act(trainer.model, part, 1, random=None, mode="greedy")
+        values = trainer.score(rollout).values.tolist()
+        for i, (sample, given) in enumerate(zip(rollout.samples, values, strict=True)):
+            at = (start + i) * args.world_size + args.process_index
+            found.append((at, trainer.actor.shown(sample)[2], given))
+    found = sorted(gather_object(found) if args.world_size > 1 else found)
+    found = [each for at, each in enumerate(found) if at == 0 or each[0] != found[at - 1][0]][: len(rows)]
+    whole = [rows[at] for at in range(len(rows))]
+    figures = _by_kind(whole, [values for *_, values in found], names, trainer.rewards.weights)
+    every = max(1, len(found) // SAMPLES_SHOWN)
+    return figures, [_sample(trainer, whole[at], text, values) for at, text, values in found[::every][:SAMPLES_SHOWN]]
+
+
+def _by_kind(rows: list[dict], values: list[list[float]], names: list[str], weights: Tensor) -> dict[str, float]:
+    """Mean of each reward, over all rows and over those of each kind; and of their weighted sum where it says more."""
+    by_name: dict[str, list[float]] = defaultdict(list)
+    table = torch.tensor(values).view(len(rows), len(names))
+    total = weighted_rewards(table, weights).tolist()
+    for row, given, whole in zip(rows, values, total, strict=True):
+        if len(names) > 1:
+            by_name["reward"].append(whole)
+        for name, value in zip(names, given, strict=True):
+            by_name[name].append(value)
+            if isinstance(row.get("kind"), str):
+                by_name[f"{name}/{row['kind']}"].append(value)
+    means = {name: torch.tensor(given).nanmean().item() for name, given in by_name.items()}
+    return {name: mean for name, mean in means.items() if mean == mean}
+
+
+def _sample(trainer: OnlineTrainer, row: dict, text: str, values: list[float]) -> SampleRow:
+    images, question = trainer.actor.question(row)
+    columns = {name: row[name] for name in ("kind",) if name in row}
+    columns |= {name: f"{value:.2f}" for name, value in zip(trainer.rewards.names, values, strict=True)}
+    return SampleRow(images, question, "", after=text, columns=columns)
+
+
+def sample_table(trainer: OnlineTrainer, rollout: Rollout, count: int) -> RolloutTable:
+    """The first samples of a rollout, whole groups first, for the report."""
+    rows = []
+    for at, sample in enumerate(rollout.samples[:count]):
+        images, prompt, completion = trainer.actor.shown(sample)
+        rewards = dict(zip(trainer.rewards.names, rollout.rewards[at].tolist(), strict=True))
+        rows.append(
+            RolloutRow(
+                images=images,
+                prompt=prompt,
+                completion=completion,
+                rewards=rewards,
+                reward=float(rollout.total[at]),
+                advantage=0.0 if rollout.advantages is None else float(rollout.advantages[at]),
+                tokens=int(rollout.lengths[at]),
+                finished=not bool(rollout.truncated[at]),
+                group=at // rollout.group_size,
+            )
+        )
+    return RolloutTable(trainer.state.global_step, rows)
+
+
+def printed(trainer: OnlineTrainer, rollout: Rollout, count: int) -> str:
+    """The first samples of a rollout for the terminal."""
+    return rollout_text(sample_table(trainer, rollout, count))

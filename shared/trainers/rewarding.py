@@ -1,0 +1,73 @@
+"""The rewards of an online trainer, made of what it is given; and what its options are known to do wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from shared.data.schema import column_names
+from shared.errors import UserError
+from shared.rewards.combine import RewardSet
+from shared.trainers.recipes import doubtful
+
+logger = logging.getLogger(__name__)
+
+# arguments that other libraries' online trainers take -> what to do instead
+NOT_TAKEN = {
+    "tokenizer": "It is called processing_class.",
+    "data_collator": "Leave it out: prompts are put together by the trainer.",
+    "compute_metrics": "Leave it out: an evaluation has the rewards' means, and pass@k.",
+    "tools": "Completions that call tools are not written here.",
+    "environment_factory": "Completions that act in an environment are not written here.",
+    "rollout_func": "Override the trainer's actor.",
+    "model_init": "Give the model, or its name, as model.",
+}
+# what every reward function may take besides the data's columns
+GIVEN = ("completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+def refuse_unknown(trainer: str, given: Mapping[str, Any]) -> None:
+    """Raise UserError for arguments that a trainer does not take."""
+    for name in given:
+        known = NOT_TAKEN.get(name, "See its documentation for those that it takes.")
+        raise UserError(f"{trainer} takes no argument {name}. {known}")
+
+
+def rewards_of(given: Any, args: Any, rows: Any, *, processing_classes: Any = None) -> RewardSet:
+    """The rewards, by the trainer's argument or, where that is None, by its options.
+
+    Args:
+        given: a reward or several; see shared.rewards.loading.load_reward.
+        args: RolloutOptions.
+        rows: the training rows, whose columns the functions may take.
+
+    Raises:
+        UserError: there is no reward, it is not known, or it takes a column that is not there.
+    """
+    wanted = args.reward_funcs if given is None else given
+    if isinstance(wanted, (list, tuple)) and not wanted:
+        raise UserError(
+            "There is no reward: give reward_funcs, functions or names such as accuracy_reward, or the folder of a "
+            "reward model."
+        )
+    rewards = RewardSet(
+        wanted,
+        weights=args.reward_weights,
+        on_error=args.on_reward_error,
+        timeout=args.reward_timeout,
+        processing_classes=processing_classes,
+        device=args.device,
+    )
+    data = getattr(rows, "dataset", rows)
+    columns = column_names(data) if hasattr(data, "__len__") else list(next(islice(iter(data), 1), {}))
+    rewards.check({*columns, *GIVEN})
+    return rewards
+
+
+def tell_doubts(args: Any, rewards: int) -> None:
+    """Warn of options that are known not to go together."""
+    if hasattr(args, "loss_type") and args.should_log:
+        for text in doubtful(args, rewards):
+            logger.warning("%s", text)

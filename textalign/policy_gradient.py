@@ -1,0 +1,157 @@
+"""Group-relative policy gradients on text: GRPO and its family, and RLOO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from shared.objectives.policy_gradient import PolicyGradient
+from shared.rewards.combine import RewardSet
+from shared.trainers.online_config import OnlineConfig
+from shared.trainers.policy_gradient import (
+    LeaveOneOutTrainer,
+    PolicyGradientTrainer,
+    leave_one_out_objective,
+    objective_of,
+)
+from shared.trainers.rewarding import refuse_unknown, rewards_of, tell_doubts
+from shared.trainers.token_rollouts import token_parts
+from textalign.config import TextConfig
+from textalign.online_options import GRPOOptions, RLOOOptions
+from textalign.preparing import TextRun, load_text_model
+from textalign.prompting import prepare_prompts
+from textalign.referenced import TextReference
+
+
+@dataclass
+class GRPOConfig(OnlineConfig, GRPOOptions, TextConfig):
+    """Options of GRPOTrainer: GRPOOptions and transformers.TrainingArguments."""
+
+    run_name_stem: ClassVar[str] = "grpo"
+
+
+@dataclass
+class RLOOConfig(OnlineConfig, RLOOOptions, TextConfig):
+    """Options of RLOOTrainer: RLOOOptions and transformers.TrainingArguments."""
+
+    run_name_stem: ClassVar[str] = "rloo"
+
+
+class TextPolicyGradientTrainer(TextReference, PolicyGradientTrainer):
+    """Base of the text trainers that are rewarded for what they write.
+
+    Args:
+        model: hub id, folder or built-in name, or a loaded model (a PEFT model too).
+        reward_funcs: one reward or several: functions `f(prompts, completions, **columns) -> list of numbers` (async
+            ones too), built-in names, dotted paths, reward models or their names, see shared.rewards.loading;
+            `args.reward_funcs` where None.
+        args: options; the defaults where None.
+        train_dataset: rows with a `prompt`, a text or a list of messages; their other columns go to the rewards.
+        eval_dataset: held-out rows of the same kind, or several sets by name.
+        processing_class: the tokenizer; the model's own where None.
+        reward_processing_classes: tokenizers of reward models that are given as such, one a reward.
+        callbacks, optimizers: as transformers.Trainer.
+        quantization_config: as `from_pretrained`, where the model is given by name.
+        peft_config: puts this adapter on the model; a folder or hub id of an adapter goes on training that one.
+        ref_model: the reference that β holds the policy near to: a model or its name; `args.ref_model_name_or_path`
+            where None. Without either it is the model as it is at the start.
+
+    Raises:
+        UserError: options that cannot be followed; rewards that are not known; a model none of whose weights is
+            trained.
+        DataError: columns or rows that cannot be used, named; before any weight is loaded.
+    """
+
+    config_class: ClassVar[type]
+    run: TextRun
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        reward_funcs: Any = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        ref_model: str | PreTrainedModel | nn.Module | None = None,
+        **unknown: Any,
+    ):
+        refuse_unknown(type(self).__name__, unknown)
+        args = self.config_class.of(args)
+        objective = self.objective_of(args)
+        if args.beta:
+            self.take_reference(model, ref_model, args, train_dataset=train_dataset, peft_config=peft_config)
+        self.run, encoder = prepare_prompts(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+        )
+        run = self.run
+        rewards: RewardSet = rewards_of(reward_funcs, args, run.train, processing_classes=reward_processing_classes)
+        tell_doubts(args, len(rewards.names))
+        self.loaded_from = model if isinstance(model, str) else None
+        init = {} if quantization_config is None else {"quantization_config": quantization_config}
+        model = load_text_model(model, args, run.tokenizer, peft_config=peft_config, **init)
+        policy, actor = token_parts(model, args, encoder)
+        super().__init__(
+            model,
+            args,
+            policy=policy,
+            actor=actor,
+            rewards=rewards,
+            objective=objective,
+            train_dataset=run.train,
+            eval_dataset=run.held_out,
+            processing_class=run.tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            ref_model=self.reference_given if args.beta else None,
+        )
+        self.row_notes = dict(run.left_out)
+
+    def objective_of(self, args: Any) -> PolicyGradient:
+        """The loss that the options ask for. Bad options are told here, before all else."""
+        raise NotImplementedError
+
+    def title(self) -> str:
+        return f"{type(self).__name__.removesuffix('Trainer')}: {self.run.model_name}"
+
+
+class GRPOTrainer(TextPolicyGradientTrainer):
+    """Group relative policy optimisation and its family on text.
+
+    Shao et al. 2024, arXiv:2402.03300; `args.recipe` names presets of the others. Arguments as
+    TextPolicyGradientTrainer. Another rule for advantages: override `advantages`.
+
+    Example:
+        >>> trainer = GRPOTrainer("Qwen/Qwen3-0.6B", "accuracy_reward", train_dataset=rows)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    config_class = GRPOConfig
+
+    def objective_of(self, args: GRPOConfig) -> PolicyGradient:
+        return objective_of(args, max_actions=args.max_completion_length)
+
+
+class RLOOTrainer(LeaveOneOutTrainer, TextPolicyGradientTrainer):
+    """REINFORCE leave-one-out on text (Ahmadian et al. 2024, arXiv:2402.14740).
+
+    The ratio is that of whole completions. Arguments as TextPolicyGradientTrainer.
+    """
+
+    config_class = RLOOConfig
+
+    def objective_of(self, args: RLOOConfig) -> PolicyGradient:
+        return leave_one_out_objective(args)

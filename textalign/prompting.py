@@ -1,0 +1,95 @@
+"""What a text trainer does before it writes completions itself: tokenizer, checked rows, and rows as prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.data.collators import left_padded
+from shared.data.rows import ROW, Rows
+from shared.data.schema import Kind
+from shared.data.tokenise import Tokeniser
+from shared.errors import DataError, UserError
+from shared.runtime.models import load_config, position_limit
+from shared.trainers.datasets import check_evaluation, checked_rows, kind_of
+from shared.trainers.token_rollouts import Prompt
+from textalign.preparing import TextRun, hub_options, load_tokenizer, name_of
+
+
+class TextPrompts:
+    """Rows as prompts of a text model; a PromptEncoder.
+
+    Args:
+        run: with its tokeniser.
+        longest: prompts lose their beginning beyond so many tokens; None: no cut.
+    """
+
+    def __init__(self, run: TextRun, longest: int | None):
+        self.run, self.tokenizer, self.longest = run, run.tokenizer, longest
+
+    def prompts(self, rows: Sequence[dict[str, Any]]) -> list[Prompt]:
+        known: dict[int, Prompt] = {}
+        return [known.get(id(row)) or known.setdefault(id(row), self._prompt(row)) for row in rows]
+
+    def _prompt(self, row: dict[str, Any]) -> Prompt:
+        ids = self.run.tokeniser.ask(row, self.longest).prompt_ids
+        if not ids:
+            raise DataError(f"row {row.get(ROW, 0)}: prompt is empty, so there is nothing to go on from")
+        return Prompt(torch.as_tensor(ids))
+
+    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        return left_padded([prompt.ids for prompt in prompts], self.tokenizer.pad_token_id)
+
+    def shown(self, row: Mapping[str, Any]) -> tuple[list[Any], str]:
+        return [], self.run.prompt(dict(row))
+
+
+def prepare_prompts(
+    model: str | nn.Module, args: Any, *, train_dataset: Any, eval_dataset: Any, processing_class: Any
+) -> tuple[TextRun, TextPrompts]:
+    """Load the tokenizer and check the rows; `run.train` and `run.held_out` are rows of prompts.
+
+    Args:
+        model: name of the model, or the model.
+        args: the trainer's options, SamplingOptions among them.
+        train_dataset, eval_dataset, processing_class: as the trainer takes them.
+
+    Raises:
+        UserError, DataError: options, columns or rows that cannot be used.
+    """
+    if not isinstance(model, (str, nn.Module)):
+        raise UserError(f"model is a {type(model).__name__}: give its name or folder as a string, or a loaded model.")
+    check_evaluation(args, eval_dataset)
+    kind = kind_of(train_dataset, {Kind.PROMPT_ONLY})
+    longest = _room(model, args)
+    tokenizer = load_tokenizer(model, args, processing_class)
+    template_kwargs = args.chat_template_kwargs
+    tokeniser = Tokeniser(tokenizer, kind, template_kwargs=template_kwargs, on_bad_row=args.on_bad_row)
+    run = TextRun(name_of(model), tokenizer, kind, tokeniser, longest)
+    run.train, run.held_out = checked_rows(train_dataset, eval_dataset, kind, args)
+    if isinstance(run.train, Rows):
+        run.left_out = {row: f"left out: {why}" for row, why in run.train.left_out.items()}
+        TextPrompts(run, longest).prompts([run.train[at] for at in range(min(2, len(run.train)))])
+    return run, TextPrompts(run, longest)
+
+
+def _room(model: str | nn.Module, args: Any) -> int | None:
+    """How long a prompt may be, so that prompt and completion fit into the model's positions.
+
+    Raises:
+        UserError: the longest completion leaves no room for a prompt.
+    """
+    config = load_config(model, **hub_options(args)) if isinstance(model, str) else model.config
+    positions = position_limit(config)
+    if positions is None:
+        return args.max_prompt_length
+    longest = (args.generation_kwargs or {}).get("max_new_tokens", args.max_completion_length)
+    room = positions - max(longest, args.max_new_tokens or 0)
+    asked = args.max_prompt_length
+    if room < 1 or (asked is not None and asked > room):
+        what = f"max_completion_length {longest}" + ("" if asked is None else f" and max_prompt_length {asked}")
+        raise UserError(f"{what}: this model has {positions} positions, for prompt and completion together.")
+    return room if asked is None else asked
