@@ -74,7 +74,7 @@ MADE = {
         data="builtin/reviews-graded",
         purpose="A reward model for reviews of films, to train against; it has seen broken reviews of many kinds",
         measure=measure.reward_model,
-        options={"max_steps": 800, "warmup_steps": 20, "center_rewards_coefficient": 0.01},
+        options={"max_steps": 900, "warmup_steps": 20, "center_rewards_coefficient": 0.01},
         fields={"num_labels": 1},
     ),
     "builtin/vlm-small-sft": Made(

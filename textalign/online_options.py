@@ -21,12 +21,12 @@ class TextSamplingOptions(SamplingOptions, TokenizerOptions):
 
 
 @dataclass
-class GRPOOptions(PolicyGradientOptions, TextSamplingOptions, ReferenceModelOptions):
+class GRPOOptions(TextSamplingOptions, PolicyGradientOptions, ReferenceModelOptions):
     """Group-relative policy optimisation."""
 
 
 @dataclass
-class RLOOOptions(UpdateOptions, TextSamplingOptions, ReferenceModelOptions):
+class RLOOOptions(TextSamplingOptions, UpdateOptions, ReferenceModelOptions):
     """REINFORCE leave-one-out."""
 
     num_generations: int = option(2, "G, samples of each prompt; the others are the baseline of each.")

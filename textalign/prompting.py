@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from shared.data.schema import Kind
 from shared.data.tokenise import Tokeniser
 from shared.errors import DataError, UserError
 from shared.runtime.models import load_config, position_limit
-from shared.trainers.datasets import check_evaluation, checked_rows, kind_of
+from shared.trainers.datasets import check_evaluation, check_steps, checked_rows, kind_of
 from shared.trainers.token_rollouts import Prompt
 from textalign.preparing import TextRun, hub_options, load_tokenizer, name_of
+
+NOT_COLUMNS = ("prompt", "completion", "messages", "conversations")  # not handed to rewards beside the prompt
 
 
 class TextPrompts:
@@ -26,6 +28,8 @@ class TextPrompts:
         run: with its tokeniser.
         longest: prompts lose their beginning beyond so many tokens; None: no cut.
     """
+
+    beyond: ClassVar[dict[str, int]] = {}
 
     def __init__(self, run: TextRun, longest: int | None):
         self.run, self.tokenizer, self.longest = run, run.tokenizer, longest
@@ -42,6 +46,9 @@ class TextPrompts:
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         return left_padded([prompt.ids for prompt in prompts], self.tokenizer.pad_token_id)
+
+    def asked(self, row: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return row["prompt"], {name: value for name, value in row.items() if name not in NOT_COLUMNS}
 
     def shown(self, row: Mapping[str, Any]) -> tuple[list[Any], str]:
         return [], self.run.prompt(dict(row))
@@ -73,6 +80,8 @@ def prepare_prompts(
     if isinstance(run.train, Rows):
         run.left_out = {row: f"left out: {why}" for row, why in run.train.left_out.items()}
         TextPrompts(run, longest).prompts([run.train[at] for at in range(min(2, len(run.train)))])
+    else:
+        check_steps(args, run.train)
     return run, TextPrompts(run, longest)
 
 
@@ -86,10 +95,13 @@ def _room(model: str | nn.Module, args: Any) -> int | None:
     positions = position_limit(config)
     if positions is None:
         return args.max_prompt_length
-    longest = (args.generation_kwargs or {}).get("max_new_tokens", args.max_completion_length)
-    room = positions - max(longest, args.max_new_tokens or 0)
-    asked = args.max_prompt_length
+    lengths = {
+        "max_completion_length": (args.generation_kwargs or {}).get("max_new_tokens", args.max_completion_length),
+        "max_new_tokens": args.max_new_tokens or 0,
+    }
+    longest = max(lengths, key=lengths.__getitem__)
+    room, asked = positions - lengths[longest], args.max_prompt_length
     if room < 1 or (asked is not None and asked > room):
-        what = f"max_completion_length {longest}" + ("" if asked is None else f" and max_prompt_length {asked}")
+        what = f"{longest} {lengths[longest]}" + ("" if asked is None else f" and max_prompt_length {asked}")
         raise UserError(f"{what}: this model has {positions} positions, for prompt and completion together.")
     return room if asked is None else asked

@@ -11,6 +11,8 @@ if getattr(shared, "SUITE", None) != "trialign":
 __getattr__, __dir__, __all__ = shared.lazy_exports(
     __name__,
     {
+        "VLMGRPOConfig": "visionalign.policy_gradient",
+        "VLMGRPOTrainer": "visionalign.policy_gradient",
         "VLMSFTConfig": "visionalign.sft",
         "VLMSFTTrainer": "visionalign.sft",
         "VLMCollator": "visionalign.collators",

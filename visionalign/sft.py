@@ -11,24 +11,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from shared.data.rows import ROW, Rows
 from shared.data.schema import Kind, decode_image, to_conversation
 from shared.errors import UserError
 from shared.policies.token import TokenPolicy
-from shared.runtime.adapters import attach_adapter
-from shared.runtime.launch import engine_asked
-from shared.runtime.models import load_config, load_model, load_processor
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import Answer, answer, evenly_spaced, exact_matches, sampled
 from shared.trainers.config import AlignConfig
 from shared.trainers.datasets import check_evaluation, check_steps, checked_rows, kind_of
 from shared.trainers.offline import SupervisedTrainer
 from visionalign.collators import VLMCollator
-from visionalign.families import PARTS, family_of, parameters
+from visionalign.families import PARTS, parameters
 from visionalign.options import VLMSFTOptions
+from visionalign.preparing import load_vlm, prepare_vlm, shards_the_model
 
 
 @dataclass
@@ -81,17 +78,8 @@ class VLMSFTTrainer(SupervisedTrainer):
                 "images and masks labels by the model's family."
             )
         check_evaluation(args, eval_dataset)
-        options = dict(args.model_init_kwargs or {})
-        hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-        self.family = family_of(load_config(model, **hub) if isinstance(model, str) else model.config)
-        if processing_class is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            if not name:
-                raise UserError("processing_class is missing: this model does not say where its processor is.")
-            processing_class = load_processor(name, **hub)
-        self.model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
-        if args.should_log:
-            print(f"model: {self.model_name} ({self.family.name})", flush=True)
+        run = prepare_vlm(model, args, processing_class)
+        processing_class, self.family, self.model_name = run.processor, run.family, run.model_name
         kind = kind_of(train_dataset, {Kind.MESSAGES, Kind.PROMPT_COMPLETION})
         images = sys.maxsize if args.check_rows is None else args.check_rows
         train, held_out = checked_rows(train_dataset, eval_dataset, kind, args, check_images=images)
@@ -106,18 +94,12 @@ class VLMSFTTrainer(SupervisedTrainer):
                 max_pixels=args.max_pixels,
                 on_bad_row=args.on_bad_row,
                 pad_to_multiple_of=args.pad_to_multiple_of,
-                always_image=_shards_the_model(),
+                always_image=shards_the_model(),
             )
         if isinstance(train, Rows) and args.on_bad_row == "error":
             data_collator([train[i] for i in range(min(2, len(train)))])  # a mistake in every row shows here
 
-        set_seed(args.seed)  # weights that are drawn here are alike in all processes
-        if isinstance(model, str):
-            frozen = peft_config is not None
-            model = load_model(model, head="image-text-to-text", frozen=frozen, seed=args.seed, **options)
-        adapter = {"path": peft_config} if isinstance(peft_config, str) else {"config": peft_config}
-        model = attach_adapter(model, **adapter, checkpointing=bool(args.activation_checkpointing))
-        _freeze(model, args)
+        model = load_vlm(model, args, peft_config=peft_config)
         super().__init__(
             model,
             args,
@@ -178,17 +160,3 @@ def _loss_on(args: VLMSFTConfig, kind: Kind) -> str:
     if not args.assistant_only_loss:
         return "all"
     return "completion" if kind == Kind.PROMPT_COMPLETION else "assistant"
-
-
-def _shards_the_model() -> bool:
-    """Whether each process holds a part of the vision tower only, so that all must run it in every step."""
-    return is_deepspeed_zero3_enabled() or engine_asked("FSDP")
-
-
-def _freeze(model: nn.Module, args: VLMSFTConfig) -> None:
-    frozen = (args.freeze_vision_tower, args.freeze_projector, args.freeze_language_model)
-    for part, freeze in zip(PARTS, frozen, strict=True):
-        for parameter in parameters(model, part).values() if freeze else []:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("Every part of the model is frozen: nothing would be trained. Leave one --freeze_… out.")

@@ -19,10 +19,12 @@ from shared.builtin.exchanges import assistant, to_dataset, user
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ROWS = {"train": 8000, "test": 400}
-SENTENCES = (1, 2, 2, 2, 3, 3, 3, 4, 5)  # of a draw
+ROWS = {"train": 16000, "test": 400}
+PLAIN = 0.7  # share of the draws that are as those of `builtin/reviews`
+POSITIVE = 0.7  # share of these: the judge scarcely tells a negative review from a spoilt copy
+SENTENCES = (1, 2, 2, 2, 3, 3, 3, 4, 5)  # of the other draws
 SPOILT = 0.5  # share of the reviews that are drawn apart from each other
-COPIED = 0.6  # share of the pairs with a spoilt copy
+COPIED = 0.65  # share of the pairs with a spoilt copy
 GAP = 0.1  # of the scores in a pair
 SCALE = 4.0  # margin for a difference of 1 in score
 
@@ -56,7 +58,9 @@ def draw_pair(film: str, rng: random.Random) -> tuple[str, str]:
 
 
 def draw(film: str, rng: random.Random) -> str:
-    """A review in sound sentences of any forms and words: mixed in sentiment, words and forms may come again."""
+    """A review by the rule of `builtin/reviews`, or one mixed in sentiment whose words and forms may come again."""
+    if rng.random() < PLAIN:
+        return reviews.write(film, rng.random() < POSITIVE, rng.randint(2, 3), rng)
     kinds = [reviews.FORMS[0], *rng.choices(reviews.FORMS[1:], k=rng.choice(SENTENCES) - 1)]
     lean = rng.random()  # the share of the words that are positive
     said = []
@@ -142,11 +146,11 @@ def list_words(review: str, film: str, rng: random.Random) -> str:
     return rng.choice((listed, f"{review} {listed}.", f"{film} is a {listed} film. {review}", f"{film} {listed}."))
 
 
-# Way -> how often. The name has to be compared with the prompt's, which is learnt late.
+# Way -> how often. That the name has to be compared with the prompt's is learnt from many such pairs, or not in time.
 WAYS: Mapping[Callable[[str, str, random.Random], str], int] = {
     repeat: 1,
     lengthen: 1,
-    misname: 4,
+    misname: 22,
     leave_out: 1,
     cut: 2,
     replace_words: 2,

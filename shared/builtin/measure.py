@@ -41,6 +41,9 @@ def reward_model() -> dict[str, str]:
         "pairs of `builtin/reviews-preference` in order": f"{pairs_in_order(model, tokenizer, 'preference'):.1%}",
         "pairs of `builtin/reviews-graded` in order": f"{pairs_in_order(model, tokenizer, 'graded'):.1%}",
         "spoilt copies that the judge puts lower and it too": f"{spoilt_below(model, tokenizer, 300):.1%}",
+        "copies with another film's name, or none, of which the same is true": (
+            f"{spoilt_below(model, tokenizer, 300, [graded.misname]):.1%}"
+        ),
         "rank correlation with the judge, reviews sampled from `builtin/lm-small-sft`": (
             f"{agreement(model, tokenizer, 400):.2f}"
         ),

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared.builtin.exchanges import assistant, split_of, to_dataset, user
 
@@ -227,3 +228,17 @@ def _film(split: str, rng: random.Random) -> str:
 @cache
 def _films(split: str) -> tuple[str, ...]:
     return tuple(films(split))
+
+
+def review_reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+    """`score` as a reward function.
+
+    Args:
+        prompts, completions: as texts or as chats; see shared.rewards.
+    """
+    texts = ((_said(prompt), _said(completion)) for prompt, completion in zip(prompts, completions, strict=True))
+    return [score(prompt, completion) for prompt, completion in texts]
+
+
+def _said(text: Any) -> str:
+    return text if isinstance(text, str) else text[-1]["content"]

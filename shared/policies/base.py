@@ -6,7 +6,7 @@ This file holds no model code: a policy for a modality stands in its own module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
@@ -36,6 +36,10 @@ class GroupedBatch:
         group_size: G. SFT 1, preference pairs 2, group-relative policy gradients more.
         columns: what the objective needs beside the tokens, by name; the first dimension is P or P*G (labels, margins,
             reference log-probabilities `(P*G, T)`).
+        beyond: extra that stands beside the prompts' tokens -> what stands beside the completions' (a token type);
+            those that are not named go on as at the prompt's last token.
+        alone: makes the same rows with a prompt of its own for each completion, for models that cannot share prompts
+            whose extras are not known here (images).
         notes: row number -> what was done to it, for rows that were left out or lost their end. They travel with the
             batch since collators run in processes of their own.
     """
@@ -48,6 +52,8 @@ class GroupedBatch:
     model_inputs: dict[str, Any] = field(default_factory=dict)
     group_size: int = 1
     columns: dict[str, Tensor] = field(default_factory=dict)
+    beyond: dict[str, int] = field(default_factory=dict)
+    alone: Callable[[], GroupedBatch] | None = None
     notes: dict[int, str] = field(default_factory=dict)
 
     @classmethod
@@ -72,6 +78,7 @@ class GroupedBatch:
             completion_mask=self.completion_mask[own],
             group_size=1,
             columns=columns,
+            alone=None,
         )
 
     @property

@@ -47,9 +47,11 @@ def along_prompt(batch: GroupedBatch) -> tuple[dict[str, Tensor], dict[str, Any]
     return along, {k: v for k, v in extras.items() if k not in along}
 
 
-def along_completions(values: Tensor, batch: GroupedBatch) -> Tensor:
-    """What stands beside the prompts' tokens `(P, L, ...)`, for the completions: as at their prompt's last token."""
+def along_completions(name: str, values: Tensor, batch: GroupedBatch) -> Tensor:
+    """What stands beside the completions' tokens, for an extra that stands beside the prompts' `(P, L, ...)`."""
     last = values[:, -1:].repeat_interleave(batch.group_size, 0)
+    if name in batch.beyond:
+        last = torch.full_like(last, batch.beyond[name])
     return last.expand(-1, batch.completion_ids.shape[1], *values.shape[2:])
 
 
@@ -117,7 +119,7 @@ def shared_hidden(body: nn.Module, batch: GroupedBatch) -> Tensor:
         past_key_values=cache,
         use_cache=True,
         **where,
-        **{k: along_completions(v, batch) for k, v in along.items()},
+        **{k: along_completions(k, v, batch) for k, v in along.items()},
     )[0]
     return torch.cat([group(prompt[0][:, -1:]), hidden], 1)
 
@@ -251,6 +253,7 @@ def _sample(batch: GroupedBatch) -> GroupedBatch:
         attention,
         {k: v[prompts] for k, v in along.items()},
         each,
+        beyond=batch.beyond,
     )
 
 

@@ -82,6 +82,8 @@ def whole_rows(batch: GroupedBatch) -> GroupedBatch:
         return joined[rows, order[:, :width]]
 
     along, others = along_prompt(batch)
+    if others and batch.group_size > 1 and batch.alone is not None:
+        return whole_rows(batch.alone().to(batch.completion_ids.device))
     if others and batch.group_size > 1:
         raise UserError(
             f"{', '.join(sorted(others))}: whole rows are not made of prompts with such inputs and "
@@ -92,7 +94,7 @@ def whole_rows(batch: GroupedBatch) -> GroupedBatch:
         pack(join(batch.prompt_ids, batch.completion_ids)),
         attention=pack(attention),
         mask=pack(join(torch.zeros_like(batch.prompt_mask), batch.completion_mask)),
-        model_inputs=others | {k: pack(join(v, along_completions(v, batch))) for k, v in along.items()},
+        model_inputs=others | {k: pack(join(v, along_completions(k, v, batch))) for k, v in along.items()},
     )
 
 
@@ -181,6 +183,7 @@ class TokenPolicy:
 
     def _run_rows(self, model: nn.Module, batch: GroupedBatch, call: HeadCall) -> tuple[Tensor, TokenStats]:
         rows = whole_rows(batch)
+        rows = replace(rows, model_inputs=self._cast(model, rows.model_inputs))
         call.index = _predicted(rows)[0] - 1
         inputs = {
             "input_ids": rows.completion_ids,

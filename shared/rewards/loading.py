@@ -24,6 +24,7 @@ from shared.rewards.base import FunctionReward, Reward
 # Name -> function, or what makes one from arguments (`get_...`).
 REWARDS: dict[str, Callable[..., Any]] = {
     "accuracy_reward": rules.accuracy_reward,
+    "exact_match_reward": rules.exact_match_reward,
     "reasoning_accuracy_reward": rules.reasoning_accuracy_reward,
     "think_format_reward": rules.think_format_reward,
     "get_cosine_scaled_reward": rules.get_cosine_scaled_reward,

@@ -49,6 +49,19 @@ def accuracy_reward(
     return [_accuracy(text_of(completion), str(expected)) for completion, expected in pairs]
 
 
+def exact_match_reward(completions: Sequence[Any], solution: Sequence[Any], **columns: Any) -> list[float]:
+    """1 where a completion is the solution word for word, but for space around it; 0 where not.
+
+    For answers that are no mathematics, of which `accuracy_reward` could not say that they are wrong.
+
+    Args:
+        completions: B strings or lists of messages.
+        solution: the data's column: B texts.
+    """
+    pairs = zip(completions, solution, strict=True)
+    return [float(text_of(completion).strip() == str(expected).strip()) for completion, expected in pairs]
+
+
 def reasoning_accuracy_reward(
     completions: Sequence[Any],
     solution: Sequence[str],

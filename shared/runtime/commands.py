@@ -113,12 +113,41 @@ COMMANDS: dict[str, Command] = {
         summary="Train a process reward model on answers whose steps are marked right or wrong.",
         defaults={"lora_task_type": "TOKEN_CLS"},
     ),
+    "grpo": Command(
+        options="textalign.online_options:GRPOOptions",
+        config="textalign.policy_gradient:GRPOConfig",
+        trainer="textalign.policy_gradient:GRPOTrainer",
+        script="grpo",
+        summary="Learn from rewards of the model's own answers, compared in groups (GRPO and its family).",
+    ),
+    "rloo": Command(
+        options="textalign.online_options:RLOOOptions",
+        config="textalign.policy_gradient:RLOOConfig",
+        trainer="textalign.policy_gradient:RLOOTrainer",
+        script="rloo",
+        summary="Learn from rewards of the model's own answers, each against the others of its prompt (RLOO).",
+    ),
+    "rloo-tldr": Command(
+        options="textalign.online_options:RLOOOptions",
+        config="textalign.policy_gradient:RLOOConfig",
+        trainer="textalign.policy_gradient:RLOOTrainer",
+        script="rloo_tldr",
+        summary="Summaries by RLOO: rloo, which writes summaries of posts where no model is named.",
+        stem="rloo",
+    ),
     "sft-vlm": Command(
         options="visionalign.options:VLMSFTOptions",
         config="visionalign.sft:VLMSFTConfig",
         trainer="visionalign.sft:VLMSFTTrainer",
         script="sft_vlm",
         summary="Fine-tune a vision-language model on conversations about images.",
+    ),
+    "grpo-vlm": Command(
+        options="visionalign.online_options:VLMGRPOOptions",
+        config="visionalign.policy_gradient:VLMGRPOConfig",
+        trainer="visionalign.policy_gradient:VLMGRPOTrainer",
+        script="grpo_vlm",
+        summary="Learn from rewards of a vision-language model's own answers, compared in groups.",
     ),
 }
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
+from shared.runtime.fsdp import reshard
 from shared.runtime.generation_cache import UnknownCache
-from shared.runtime.generation_loop import Decoder, Passes, Past, split_extras, trimmed
+from shared.runtime.generation_check import disagreement
+from shared.runtime.generation_loop import Decoder, Passes, rows_of, split_extras, trimmed
 from shared.runtime.generation_sampling import Drawer, Sampling, StopStrings
 from shared.runtime.generation_sharded import largest, sharded, whole_weights
 from shared.runtime.generation_whole import generate_rows
@@ -29,8 +31,6 @@ __all__ = ["Completions", "Generator", "InProcessGenerator", "Sampling", "greedy
 logger = logging.getLogger(__name__)
 
 _MODEL_CANNOT = (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, IndexError)
-_CHECKED = 4  # tokens that the loop and `generate` have to agree on
-_CHECKED_PROMPT = 64
 
 
 @dataclass
@@ -151,11 +151,12 @@ class InProcessGenerator:
         """Gives whether processes have to run the same passes."""
         if not sharded(model):
             yield False
-        elif self._gather_weights:
-            with whole_weights(model) as whole:
+            return
+        try:
+            with whole_weights(model) if self._gather_weights else contextlib.nullcontext(False) as whole:
                 yield not whole
-        else:
-            yield True
+        finally:
+            reshard(model)
 
     def _ends(self, inner: nn.Module) -> list[int]:
         if self._end_ids is not None:
@@ -195,7 +196,7 @@ class InProcessGenerator:
             idle = number >= len(chunks)
             chunk = chunks[0 if idle else number].to(device)
             draws = uniforms.view(prompts, group, -1)[chunk].flatten(0, 1)
-            part = _rows_of(inputs, chunk)
+            part = rows_of(inputs, chunk)
             logits, past = before or decoder.passes.prefill(trimmed(part))
             seen = None
             if decoder.drawer.penalises:
@@ -223,7 +224,7 @@ class InProcessGenerator:
         if together:
             return None
         try:
-            return _disagreement(model, passes, inputs)
+            return disagreement(model, passes, inputs)
         except torch.OutOfMemoryError:
             raise
         except (UnknownCache, *_MODEL_CANNOT) as error:
@@ -259,7 +260,7 @@ class InProcessGenerator:
             chunk = chunks[0 if idle else number].to(device)
             ids, finished = generate_rows(
                 model,
-                inputs if len(chunks) == 1 else trimmed(_rows_of(inputs, chunk)),
+                inputs if len(chunks) == 1 else trimmed(rows_of(inputs, chunk)),
                 group_size,
                 sampling,
                 stops=StopStrings(self._tokenizer, sampling.stop),
@@ -286,13 +287,6 @@ def _uniforms(rows: int, sampling: Sampling, random: torch.Generator | None) -> 
     return torch.rand(size, dtype=torch.float64, generator=random, device=_device_of(random))
 
 
-def _rows_of(inputs: dict[str, Any], prompts: Tensor) -> dict[str, Any]:
-    """Some prompts; what does not stand beside tokens is left out."""
-    along, _ = split_extras(inputs)
-    columns = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], **along}
-    return {k: v[prompts] for k, v in columns.items()}
-
-
 def _cast(inner: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Images in the model's type where the weights are held in half precision; autocast sees to the rest."""
     if inner.dtype not in (torch.bfloat16, torch.float16):
@@ -316,53 +310,6 @@ def _append(result: Completions, tokens: Tensor, logp: Tensor, lengths: Tensor, 
         result.ids.append(tokens[row, :length].clone())
         result.logp.append(logp[row, :length].clone())
     result.finished += finished.tolist()
-
-
-def _sample(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Two short prompts, the second cut, so that there is padding to get wrong; with images, all prompts as they are."""
-    if split_extras(inputs)[1]:
-        return inputs
-    prompts = torch.tensor([0, min(1, len(inputs["input_ids"]) - 1)], device=inputs["input_ids"].device)
-    sample = {k: v[:, -_CHECKED_PROMPT:] for k, v in _rows_of(inputs, prompts).items()}
-    mask = sample["attention_mask"].clone()
-    mask[1] *= mask[1].cumsum(0) > mask[1].sum() // 2
-    return sample | {"attention_mask": mask}
-
-
-def _disagreement(model: nn.Module, passes: Passes, inputs: dict[str, Any]) -> str | None:
-    """How the loop's logits differ from those of `generate` on the tokens that `generate` chooses; None: they do not."""
-    sample = trimmed(_sample(inputs))
-    out = model.generate(
-        **sample,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_k=None,
-        top_p=None,
-        max_new_tokens=_CHECKED,
-        min_new_tokens=_CHECKED,
-        return_dict_in_generate=True,
-        output_logits=True,
-        use_cache=True,
-    )
-    tokens = out.sequences[:, -_CHECKED:]
-    logits, past = passes.prefill(sample)
-    rows = torch.arange(len(tokens), device=tokens.device)
-    past = past.expand(rows, 2, _CHECKED, keep=False)
-    figures, expected = [logits], [out.logits[0]]
-    rows = rows.repeat_interleave(2)
-    for at in range(1, _CHECKED):
-        logits, past = passes.step(past, tokens[rows, at - 1])
-        figures.append(logits)
-        expected.append(out.logits[at][rows])
-        if at == 1:  # then without the first prompt's first row
-            rows, past = rows[1:], past.select(torch.arange(1, len(rows), device=rows.device))
-    apart = torch.cat([(a.float() - b.float()).flatten() for a, b in zip(figures, expected, strict=True)]).abs()
-    half = logits.dtype != torch.float32 or torch.is_autocast_enabled(logits.device.type)
-    scale = max(1.0, max(each.abs().max().item() for each in expected))
-    # Rounding shifts single logits by more in half precision than a real error shifts the mean.
-    worst, bound = (apart.mean().item(), 0.02 * scale) if half else (apart.max().item(), 1e-4 * scale)
-    return None if worst <= bound else f"its logits differ by {worst:.2g}"
 
 
 def greedy_answers(model: Any, inputs: dict[str, Any], tokenizer: Any, *, max_new_tokens: int) -> list[str]:

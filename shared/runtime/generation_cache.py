@@ -1,4 +1,4 @@
-"""A key/value cache for decoding: the prompts' entries are copied to their groups once, and tokens are written in place.
+"""A key/value cache for decoding: prompts' entries are copied to their groups once, tokens are written in place.
 
 transformers' own dynamic layers copy all they hold for each new token. Here a layer has room for more tokens than it
 holds; what attention gets is a view of it. Layers that keep a state in place of keys and values (linear attention) are
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -146,6 +145,7 @@ def select(cache: DynamicCache, rows: Tensor) -> None:
 
 
 def is_full(cache: DynamicCache) -> bool:
-    """Whether the next token makes every growing layer be copied, so that rows can leave at no cost."""
+    """Whether the next token makes the layers that hold all tokens be copied, so that rows can leave at no cost."""
     growing = [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
-    return bool(growing) and not any(layer.room for layer in growing)
+    whole = [layer for layer in growing if not layer.is_sliding] or growing
+    return any(not layer.room for layer in whole)

@@ -31,6 +31,13 @@ def split_extras(inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
     return along, {k: v for k, v in extras.items() if k not in along}
 
 
+def rows_of(inputs: dict[str, Any], prompts: Tensor) -> dict[str, Any]:
+    """Some prompts; what does not stand beside tokens is left out."""
+    along, _ = split_extras(inputs)
+    columns = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], **along}
+    return {k: v[prompts] for k, v in columns.items()}
+
+
 def trimmed(inputs: dict[str, Any]) -> dict[str, Any]:
     """The prompts without the columns that are padding in each of them."""
     left = inputs["input_ids"].shape[1] - int(inputs["attention_mask"].sum(1).max())
@@ -178,11 +185,10 @@ class Decoder:
                 if not self.going_on(finished < len(record.index)):
                     break
                 # where the cache is copied anyway, leaving is free
-                if finished and (finished >= _SHARE * len(record.index) or is_full(past.cache)):
-                    if (stay := record.staying(self.together)) is not None:
-                        past, uniforms = past.select(stay), uniforms[stay]
-                        seen = None if seen is None else seen[stay]
-                        current = current[stay]
+                worth = finished and (finished >= _SHARE * len(record.index) or is_full(past.cache))
+                if worth and (stay := record.staying(self.together)) is not None:
+                    past, uniforms, current = past.select(stay), uniforms[stay], current[stay]
+                    seen = None if seen is None else seen[stay]
             if seen is not None:
                 seen.scatter_(1, current[:, None], True)
             logits, past = self.passes.step(past, current)

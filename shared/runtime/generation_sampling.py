@@ -155,7 +155,7 @@ def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def lengths_by_ends(tokens: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """`(R,)` lengths up to and with the first of the end tokens in rows `(R, T)`, T without; and whether there is one."""
+    """`(R,)` lengths of rows `(R, T)` up to and with their first end token, or T; and whether there is one."""
     found = torch.isin(tokens, ends)
     finished = found.any(1)
     return torch.where(finished, found.int().argmax(1) + 1, tokens.shape[1]), finished

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.runtime.fsdp import reshard
+
 
 def sharded(model: nn.Module) -> bool:
     """Whether a forward pass of the model gathers parameters from other processes."""
@@ -94,8 +96,6 @@ def _fsdp_groups(model: nn.Module) -> list[Any]:
 @contextlib.contextmanager
 def _kept_whole(model: nn.Module, groups: list[Any]) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule
-
-    from shared.runtime.fsdp import reshard
 
     before = [group.post_forward_mesh_info for group in groups]
     for group in groups:

@@ -1,4 +1,4 @@
-"""Generation by transformers' own `generate`, each completion a row of its own: for models the loop is not right for."""
+"""Generation by transformers' own `generate`, each completion a whole row: for models the loop is not right for."""
 
 from __future__ import annotations
 

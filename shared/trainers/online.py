@@ -7,6 +7,7 @@ fetch a batch ahead of the update that it should come after.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import defaultdict
@@ -69,12 +70,6 @@ class OnlineTrainer(AlignTrainer):
     ):
         self.policy, self.actor, self.rewards = policy, actor, rewards
         self.local_rows, self.together, self.unit = round_shape(args, args.world_size)
-        if args.dynamic_sampling and self.together != args.num_generations:
-            raise UserError(
-                "dynamic_sampling needs whole groups on each process: per_device_train_batch_size × "
-                f"steps_per_generation = {self.local_rows} must be a multiple of num_generations "
-                f"{args.num_generations}."
-            )
         rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         prompts_a_step = rows_a_step / args.num_generations / args.num_iterations
         most = 1 + (args.max_resampling if args.dynamic_sampling else 0)
@@ -193,7 +188,7 @@ class OnlineTrainer(AlignTrainer):
         figures = self.finish_round(rollout)
         for name, value in figures.items():
             self._noted[name].append(value)
-        self._show_samples(rollout)
+        self._keep_samples(rollout)
         return rollout
 
     def _sampled(self, indices: list[int], group_size: int | None = None) -> Rollout:
@@ -210,6 +205,10 @@ class OnlineTrainer(AlignTrainer):
         rollout.total = weighted_rewards(table.values, self.rewards.weights)
         for name, value in table.metrics.items():
             self._noted[name].append(value)
+        for name, seconds in zip(table.names, table.seconds, strict=True):
+            self._seconds[f"rewards/{name}"] += seconds
+            if self.args.on_reward_error != "raise":
+                self._noted[f"rewards/{name}/error_ratio"].append(table.errors.get(name, 0) / rollout.rows)
         return rollout
 
     def score(self, rollout: Rollout) -> RewardTable:
@@ -249,8 +248,11 @@ class OnlineTrainer(AlignTrainer):
         """Autocast as in the model's own forward, which an engine may have wrapped elsewhere."""
         return self.accelerator.autocast()
 
-    def _timed(self, name: str) -> _Timed:
-        return _Timed(self._seconds, name)
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - started
 
     # ---- Evaluation ------------------------------------------------------------------------------------------------
 
@@ -282,6 +284,21 @@ class OnlineTrainer(AlignTrainer):
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=count)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """By the first held-out set, where there are several and the metric's name says none of them."""
+        if isinstance(self.eval_dataset, dict):
+            first = f"eval_{next(iter(self.eval_dataset))}_"
+            own = {f"eval_{k.removeprefix(first)}": value for k, value in metrics.items() if k.startswith(first)}
+            metrics = {**own, **metrics}
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            known = ", ".join(sorted(name.removeprefix("eval_") for name in metrics))
+            raise UserError(
+                f"metric_for_best_model {self.args.metric_for_best_model}: an evaluation has no such metric; there "
+                f"are: {known}."
+            ) from error
+
     def answer_questions(self) -> tuple[dict[str, float], list[SampleRow]] | None:
         """The most likely answers to evenly spaced held-out prompts, and their rewards."""
         rows = evenly_spaced(self.eval_dataset, self.args.eval_answers)
@@ -292,15 +309,16 @@ class OnlineTrainer(AlignTrainer):
 
     # ---- Watching --------------------------------------------------------------------------------------------------
 
-    def _show_samples(self, rollout: Rollout) -> None:
-        args, step = self.args, self.state.global_step
-        shown = args.num_completions_to_print or rollout.rows
-        if not args.should_save:
+    def _keep_samples(self, rollout: Rollout) -> None:
+        """A table for the report, of the first round in every `sample_every` steps."""
+        every, tables = self.args.sample_every, self.report.rollouts
+        if not every or not self.args.should_save:
             return
-        if args.sample_every and step % args.sample_every == 0:
-            self.report.add_rollouts(sample_table(self, rollout, shown))
-        if args.log_completions and self._logs_next():
-            print(printed(self, rollout, shown), flush=True)
+        if not tables or self.state.global_step // every > tables[-1].step // every:
+            self.report.add_rollouts(sample_table(self, rollout, self._shown(rollout)))
+
+    def _shown(self, rollout: Rollout) -> int:
+        return self.args.num_completions_to_print or rollout.rows
 
     def _logs_next(self) -> bool:
         """Whether the step under way is one that is logged."""
@@ -324,6 +342,8 @@ class OnlineTrainer(AlignTrainer):
             self._actions.clear()
         super().log(logs, start_time)
         if "loss" in logs:
+            if self.args.log_completions and self.args.should_save and self.buffer is not None:
+                print(printed(self, self.buffer.rollout, self._shown(self.buffer.rollout)), flush=True)
             for text in self.alarms.check(self.state.global_step, self.state.log_history[-1]):
                 self.report.notes.append(text)
                 if self.args.should_log:
@@ -351,24 +371,17 @@ class _Stream:
             yield self.trainer.next_micro_batch()
 
 
-class _Timed:
-    """Adds the seconds that a block takes."""
-
-    def __init__(self, seconds: dict[str, float], name: str):
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
-
-    def __exit__(self, *_: Any) -> None:
-        self.seconds[self.name] += time.perf_counter() - self.started
-
-
 class _Steps(TrainerCallback):
     """Counts epochs by the prompts that were drawn, and the seconds of updates."""
 
     def __init__(self, trainer: OnlineTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        trainer._logged = state.global_step
+        if trainer._resume is None:
+            trainer.buffer = None  # of an earlier train(), which its model has left behind
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer

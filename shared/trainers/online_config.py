@@ -6,6 +6,7 @@ from typing import Any
 
 from shared.errors import UserError
 from shared.trainers.recipes import with_recipe
+from shared.trainers.rollout import round_shape
 
 
 class WithRecipe(type):
@@ -35,6 +36,7 @@ class OnlineConfig:
         for name in ("steps_per_generation", "num_iterations"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1.")
+        round_shape(self, self.world_size)
         if (
             self.reward_weights is not None
             and self.reward_funcs

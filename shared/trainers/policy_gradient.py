@@ -42,7 +42,6 @@ class PolicyGradientTrainer(OnlineTrainer):
         self, model: nn.Module, args: Any, *, objective: PolicyGradient, ref_model: Any = None, **kwargs: Any
     ):
         self.objective = objective
-        _check(args)
         self.entropy_coef, self._last_entropy = args.entropy_coef, float("inf")
         self._entropy_seen: list[Tensor] = []
         super().__init__(model, args, **kwargs)
@@ -171,14 +170,13 @@ class PolicyGradientTrainer(OnlineTrainer):
         on_policy = buffer.born == self.state.global_step
         skipped = rollout.truncated if self.args.mask_truncated_completions else torch.zeros_like(rollout.truncated)
         actions = int(rollout.lengths[rows][~skipped[rows]].sum())
-        kept = rows
+        kept, unit = rows, self.unit
         if self.skips_idle:
-            units = [rows[at : at + self.unit] for at in range(0, len(rows), self.unit)]
-            active = [unit for unit in units if bool((rollout.advantages[unit][~skipped[unit]] != 0).any())]
-            # Every process runs its model in every micro-batch: of one that teaches nothing the cheapest part.
-            active = active or [min(units, key=lambda unit: int(rollout.lengths[unit].max()))]
-            kept = [row for unit in active for row in unit]
-        batch = self.actor.batch(rollout, kept, self.unit, skipped=skipped)
+            units = [rows[at : at + unit] for at in range(0, len(rows), unit)]
+            kept = [row for own in units if bool((rollout.advantages[own][~skipped[own]] != 0).any()) for row in own]
+            if not kept:  # every process runs its model in every micro-batch: of one that teaches nothing one row
+                kept, unit = [min(rows, key=lambda row: int(rollout.lengths[row]))], 1
+        batch = self.actor.batch(rollout, kept, unit, skipped=skipped)
         width = batch.action_mask.shape[1]
         batch.columns["advantages"] = rollout.advantages[kept]
         for name in ("old", "ref", "correction"):
@@ -186,7 +184,7 @@ class PolicyGradientTrainer(OnlineTrainer):
             if all(value is not None for value in values) and not (name == "old" and on_policy):
                 batch.columns[name] = padded(values, width)
         self._noted["frac_rows_trained"].append(len(kept) / len(rows))
-        return MicroBatch(batch, kept, (len(rows), actions), on_policy)
+        return MicroBatch(batch, rollout, kept, (len(rows), actions), on_policy)
 
     def prepare_step(self, batches: list[MicroBatch]) -> None:
         self._move_entropy_coef()
@@ -253,10 +251,9 @@ class PolicyGradientTrainer(OnlineTrainer):
 
     def _remember(self, inputs: MicroBatch, logp: Tensor) -> None:
         """Keep what the policy gave before its update, for the rounds' further iterations."""
-        rollout = self.buffer.rollout if self.buffer is not None else None
-        if not inputs.on_policy or self.args.num_iterations == 1 or rollout is None:
+        if not inputs.on_policy or self.args.num_iterations == 1:
             return
-        values = logp.cpu()
+        values, rollout = logp.cpu(), inputs.rollout
         for at, row in enumerate(inputs.rows):
             if rollout.old[row] is None:
                 rollout.old[row] = values[at, : rollout.lengths[row]].clone()
@@ -345,6 +342,7 @@ def objective_of(args: Any, *, max_actions: int | None) -> PolicyGradient:
     Raises:
         UserError: options out of range, or that exclude each other.
     """
+    _check(args)
     names = {"importance": "importance_sampling_level", "bias_corrected_kl": "use_bias_correction_kl"}
     known = (f.name for f in fields(PolicyGradient) if f.name != "max_actions")
     return _made(**{name: getattr(args, names.get(name, name)) for name in known}, max_actions=max_actions)
@@ -356,6 +354,7 @@ def leave_one_out_objective(args: Any) -> PolicyGradient:
     Raises:
         UserError: options out of range.
     """
+    _check(args)
     return _made(importance="sequence_sum", epsilon=args.epsilon, epsilon_high=args.epsilon_high)
 
 

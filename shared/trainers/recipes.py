@@ -123,7 +123,7 @@ def doubtful(args: Any, rewards: int) -> list[str]:
         "entropy away.": args.loss_type not in ("cispo", "sapo", "vespo") and high < args.epsilon,
         f"beta {args.beta:g} with kl_estimator k1 and no use_bias_correction_kl: its gradient is zero on average, so "
         "it holds nothing.": bool(args.beta) and args.kl_estimator == "k1" and not args.use_bias_correction_kl,
-        f"temperature {args.temperature:g}: a group's samples will hardly differ.": 0 < args.temperature < 0.3,
+        f"temperature {args.temperature:g}: a group's samples will hardly differ.": args.temperature < 0.3,
         f"num_generations {args.num_generations}: a mean of so few rewards is a noisy baseline.": (
             args.num_generations < 4 and scaled
         ),

@@ -114,12 +114,14 @@ class MicroBatch:
 
     Args:
         batch: what the policy runs on; its columns hold what the objective needs.
+        rollout: what it is a part of; the trainer's buffer may hold a later one by the time it is trained on.
         rows: the rows of the rollout that `batch` holds.
         counts: rows and actions that the reduction counts, also those of rows that were left out of `batch`.
         on_policy: whether the policy is still the one that sampled.
     """
 
     batch: Any
+    rollout: Rollout
     rows: list[int]
     counts: tuple[int, int]
     on_policy: bool
@@ -189,7 +191,7 @@ def round_shape(args: Any, world: int) -> tuple[int, int, int]:
     """Rows of one round of sampling on a process, how many of a prompt stand together there, and in a micro-batch.
 
     Raises:
-        UserError: the round does not divide into groups, or into micro-batches.
+        UserError: the round does not divide into groups, on each process where dynamic sampling needs them whole.
     """
     size, groups = args.per_device_train_batch_size, args.num_generations
     local = size * args.steps_per_generation
@@ -200,6 +202,11 @@ def round_shape(args: Any, world: int) -> tuple[int, int, int]:
             f"A round of sampling has per_device_train_batch_size {size} × steps_per_generation "
             f"{args.steps_per_generation} × {world} process(es) = {local * world} samples, which do not divide into "
             f"groups of num_generations {groups}. Give numbers whose product is a multiple of {groups}."
+        )
+    if args.dynamic_sampling and local % groups:
+        raise UserError(
+            f"dynamic_sampling needs whole groups on each process: per_device_train_batch_size × "
+            f"steps_per_generation = {local} must be a multiple of num_generations {groups}."
         )
     together = math.gcd(local, groups)
     return local, together, math.gcd(size, together)

@@ -22,8 +22,6 @@ from shared.runtime.generation import Generator, InProcessGenerator, Sampling
 from shared.runtime.servers import ServerGenerator
 from shared.trainers.rollout import Rollout
 
-NOT_COLUMNS = ("prompt", "completion", "messages", "conversations")
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -37,6 +35,7 @@ class PromptEncoder(Protocol):
     """How a modality's rows become prompts."""
 
     tokenizer: Any
+    beyond: dict[str, int]  # see GroupedBatch.beyond
 
     def prompts(self, rows: Sequence[dict[str, Any]]) -> list[Prompt]:
         """Raises DataError where a row cannot be read."""
@@ -44,6 +43,10 @@ class PromptEncoder(Protocol):
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Left-padded `input_ids` `(P, L)`, `attention_mask` and extras, as `model.generate` takes them."""
+        ...
+
+    def asked(self, row: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A row's prompt, and its other columns, as rewards see them."""
         ...
 
     def shown(self, row: Mapping[str, Any]) -> tuple[list[Any], str]:
@@ -108,14 +111,12 @@ class TokenActor:
 
     def _rollout(self, actions: TokenActions, rows: Sequence[dict[str, Any]], group_size: int) -> Rollout:
         texts = self.encoder.tokenizer.batch_decode(actions.ids, skip_special_tokens=True)
+        asked = [self.encoder.asked(row) for row in rows]
         samples = []
         for at, (text, ids) in enumerate(zip(texts, actions.ids, strict=True)):
-            row = rows[at // group_size]
-            columns = {name: value for name, value in row.items() if name not in NOT_COLUMNS}
-            columns["completion_ids"] = ids.tolist()
-            prompt = row.get("prompt")
+            prompt, columns = asked[at // group_size]
             output = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            samples.append(Sample(prompt, output, columns))
+            samples.append(Sample(prompt, output, {**columns, "completion_ids": ids.tolist()}))
         lengths = torch.tensor([len(ids) for ids in actions.ids])
         return Rollout(samples, group_size, actions, lengths, torch.zeros(len(samples), dtype=torch.bool))
 
@@ -140,7 +141,10 @@ class TokenActor:
             attention[at, : len(tokens)] = 1
         mask = attention if skipped is None else attention * ~skipped[list(rows), None]
         prompt_ids, prompt_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
-        return GroupedBatch(prompt_ids, prompt_mask, ids, attention, mask, inputs, group_size)
+        more: dict[str, Any] = {"beyond": self.encoder.beyond}
+        if inputs and group_size > 1:
+            more["alone"] = lambda: self.batch(rollout, rows, 1, skipped=skipped)
+        return GroupedBatch(prompt_ids, prompt_mask, ids, attention, mask, inputs, group_size, **more)
 
     def join(self, parts: Sequence[Rollout], rows: Sequence[Sequence[int]]) -> Rollout:
         size = parts[0].group_size
@@ -173,7 +177,7 @@ class TokenActor:
         return self.encoder.shown(row)
 
     def shown(self, sample: Sample) -> tuple[list[Any], str, str]:
-        images, prompt = self.encoder.shown({"prompt": sample.prompt, **sample.columns})
+        images, prompt = self.encoder.shown({**sample.columns, "prompt": sample.prompt})
         output = sample.output
         return images, prompt, output if isinstance(output, str) else output[-1]["content"]
 

@@ -69,13 +69,13 @@ def test_the_reward_model_orders_pairs_as_its_card_says(loaded, processors):
     assert measure.pairs_in_order(model, tokenizer, "preference") >= 0.98
     in_order = measure.pairs_in_order(model, tokenizer, "graded")
     said = on_the_card("builtin/rm-reviews", "pairs of `builtin/reviews-graded` in order")
-    assert in_order == pytest.approx(said, abs=0.03) and in_order >= 0.85
+    assert in_order == pytest.approx(said, abs=0.03) and in_order >= 0.9
 
 
 @pytest.mark.parametrize("way", graded.WAYS, ids=lambda way: way.__name__)
 def test_the_reward_model_puts_spoilt_reviews_below_sound_ones(loaded, processors, way):
     model, tokenizer = loaded["builtin/rm-reviews"], processors["builtin/rm-reviews"]
-    assert measure.spoilt_below(model, tokenizer, 60, [way]) >= 0.75
+    assert measure.spoilt_below(model, tokenizer, 60, [way]) >= 0.85
 
 
 def test_the_reward_model_ranks_sampled_reviews_as_the_judge_does(loaded, processors):

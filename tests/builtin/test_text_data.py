@@ -109,9 +109,9 @@ def test_graded_reviews_hold_sound_and_broken_ones_of_either_sentiment(loaded):
         (row["prompt"][0]["content"], row[name][0]["content"]) for row in rows for name in ("chosen", "rejected")
     ]
     broken = sum(reviews.faults(*pair) > 0 for pair in judged) / len(judged)
-    assert 0.5 < broken < 0.8
+    assert 0.4 < broken < 0.65
     sound = [reviews.score(*pair) for pair in judged if reviews.faults(*pair) == 0]
-    assert 0.3 < sum(score > 0 for score in sound) / len(sound) < 0.7
+    assert 0.5 < sum(score > 0 for score in sound) / len(sound) < 0.8
 
 
 @pytest.mark.parametrize("way", graded.WAYS, ids=lambda way: way.__name__)

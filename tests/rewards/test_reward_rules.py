@@ -13,6 +13,7 @@ from shared.errors import UserError
 from shared.rewards import rules
 from shared.rewards.rules import (
     accuracy_reward,
+    exact_match_reward,
     get_cosine_scaled_reward,
     get_repetition_penalty_reward,
     get_soft_overlong_punishment,
@@ -159,3 +160,8 @@ def test_solutions_are_logged_where_that_is_asked():
 def test_arguments_that_cannot_be_are_refused(make, words):
     with pytest.raises(UserError, match=words):
         make()
+
+
+def test_exact_match_is_word_for_word_but_for_space_around():
+    completions = ["top left", " top left\n", "left", [{"role": "assistant", "content": "3"}]]
+    assert exact_match_reward(completions, ["top left", "top left", "top left", 3]) == [1.0, 1.0, 0.0, 1.0]

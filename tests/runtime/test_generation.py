@@ -317,7 +317,9 @@ def test_rows_by_generate(max_rows, tokenizer):
     cut = [next((n for n in range(13) if stop in tokenizer.decode(row[:n])), 12) for row in rows]
     generator = InProcessGenerator(tokenizer, end_ids=[rows[0][3]], max_rows=max_rows)
     made = greedy(generator, model, inputs, most=12, stop=(stop,))
-    ends = [min(end, row.index(rows[0][3]) + 1 if rows[0][3] in row else 12) for row, end in zip(rows, cut, strict=True)]
+    ends = [
+        min(end, row.index(rows[0][3]) + 1 if rows[0][3] in row else 12) for row, end in zip(rows, cut, strict=True)
+    ]
     if max_rows is None:  # mamba sees padding, so that rows depend on the batch they are in
         assert lists(made.ids) == grouped([row[:end] for row, end in zip(rows, ends, strict=True)])
         assert made.finished[0] and made.finished[2]

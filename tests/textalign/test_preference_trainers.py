@@ -257,7 +257,7 @@ def test_kto_estimates_its_reference_point_over_the_whole_step(model_path, tmp_p
     trainer.model_wrapped = trainer.model
     rows = [trainer.train_dataset[i] for i in range(8)]
     gradients(trainer, rows, 4)
-    assert trainer.kl == 0, "at the start policy and reference are level"
+    assert trainer.kl < 1e-5, "at the start policy and reference are level, but for rounding"
     perturb(trainer.model)
     gradients(trainer, rows, 4)
     sums = torch.zeros(2)

@@ -1,0 +1,142 @@
+"""A run that stops in the middle of a round and goes on is the run that did not stop, bit for bit."""
+
+import json
+import random
+
+import pytest
+import torch
+from tiny_online import make, questions
+
+from shared.errors import UserError
+
+TIMES = ("time/", "tokens_per_second/", "train_", "eval_runtime", "eval_samples_per", "eval_steps_per")
+
+
+@pytest.fixture(scope="module")
+def model_path(tiny):
+    return str(tiny("lm"))
+
+
+def noisy(completion_ids, trainer_state, **_):
+    """Draws from Python's random state; every third group or so has no spread."""
+    kind = random.random()
+    return [0.5 if kind < 0.3 else random.random() + len(ids) / 6 for ids in completion_ids]
+
+
+def run(name, model_path, folder, resume=None, **options):
+    options = {
+        "reward": noisy,
+        "rows": questions(10),
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 4,
+        "num_iterations": 2,
+        "max_steps": 9,
+        "learning_rate": 5e-3,
+        "sample_every": 1,
+        **options,
+    }
+    trainer = make(name, model_path, folder, **options)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer
+
+
+def plain(trainer):
+    """The log without what a clock says."""
+    return [
+        {name: value for name, value in entry.items() if not name.startswith(TIMES)}
+        for entry in trainer.state.log_history
+        if "train_runtime" not in entry
+    ]
+
+
+def resumed_is_whole(name, model_path, tmp_path, at, **options):
+    saving = {"save_strategy": "steps", "save_steps": at, "save_total_limit": None}
+    whole = run(name, model_path, tmp_path / "whole", **options)
+    cut = run(name, model_path, tmp_path / "cut", **saving, **options)
+    checkpoint = tmp_path / "cut" / f"checkpoint-{at}"
+    state = torch.load(checkpoint / "online-0.pt", weights_only=True)
+    random.seed(99)  # as another process would have it
+    torch.manual_seed(99)
+    after = run(name, model_path, tmp_path / "cut", resume=checkpoint, **saving, **options)
+    for other in (cut, after):
+        for (key, one), two in zip(whole.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+            assert torch.equal(one, two), key
+        assert plain(other) == plain(whole)
+    return state, whole, after
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_grpo_goes_on_in_the_middle_of_a_round(accumulation, at, model_path, tmp_path):
+    state, whole, after = resumed_is_whole(
+        "GRPO",
+        model_path,
+        tmp_path,
+        at,
+        gradient_accumulation_steps=accumulation,
+        dynamic_sampling=True,
+        beta=0.1,
+        sync_ref_model=True,
+        ref_model_sync_steps=2,
+        ref_model_mixup_alpha=0.5,
+        use_adaptive_entropy=True,
+        entropy_coef=0.01,
+        entropy_target=9.0,
+    )
+    assert 0 < state["buffer"]["cursor"] < 8
+    tables = [
+        json.loads((trainer.report.directory / "report.json").read_text())["rollouts"] for trainer in (whole, after)
+    ]
+    assert tables[0] == tables[1] and len(tables[0]) >= 2
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_rloo_goes_on_in_the_middle_of_a_round(at, model_path, tmp_path):
+    state, *_ = resumed_is_whole(
+        "RLOO", model_path, tmp_path, at, num_generations=4, normalize_advantages=True, gradient_accumulation_steps=1
+    )
+    assert state["buffer"]["cursor"] == at
+
+
+def test_rounds_that_end_within_a_step_go_on(model_path, tmp_path):
+    resumed_is_whole(
+        "GRPO", model_path, tmp_path, 2, steps_per_generation=3, gradient_accumulation_steps=2, max_steps=6
+    )
+
+
+def test_an_adapter_with_dropout_goes_on(model_path, tmp_path):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
+    resumed_is_whole("GRPO", model_path, tmp_path, 3, peft_config=lora, disable_dropout=False, beta=0.05, max_steps=6)
+
+
+def test_between_two_rounds(model_path, tmp_path):
+    state, *_ = resumed_is_whole("GRPO", model_path, tmp_path, 8, max_steps=10)
+    assert "buffer" not in state and state["prompts"] == 4
+
+
+def test_a_sampler_that_does_not_tell_goes_on(model_path, tmp_path, monkeypatch):
+    """Old log-probabilities are then the trainer's own, some known only once their first step is taken."""
+    from shared.runtime.generation import InProcessGenerator
+
+    plain = InProcessGenerator.generate
+
+    def silent(*args, **kwargs):
+        done = plain(*args, **kwargs)
+        done.logp = None
+        return done
+
+    monkeypatch.setattr(InProcessGenerator, "generate", silent)
+    state, *_ = resumed_is_whole("GRPO", model_path, tmp_path, 1, gradient_accumulation_steps=2, max_steps=5)
+    assert all(value is not None for value in state["buffer"]["old"])
+
+
+def test_what_cannot_be_gone_on_with(model_path, tmp_path):
+    run("GRPO", model_path, tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    checkpoint = tmp_path / "checkpoint-1"
+    with pytest.raises(UserError, match=r"row \d is not in the data set"):
+        run("GRPO", model_path, tmp_path, resume=checkpoint, rows=questions(1), max_steps=3)
+    (checkpoint / "online-0.pt").unlink()
+    with pytest.raises(UserError, match="was not written by an online trainer"):
+        run("GRPO", model_path, tmp_path, resume=checkpoint, max_steps=3)

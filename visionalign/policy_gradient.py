@@ -1,0 +1,149 @@
+"""Group-relative policy gradients on images and text: GRPO and its family.
+
+Each prompt's images are processed once and seen once for the whole group, in writing and in the update.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+
+from shared.data.rows import Rows
+from shared.data.schema import Kind
+from shared.errors import UserError
+from shared.objectives.policy_gradient import PolicyGradient
+from shared.runtime.models import load_model
+from shared.trainers.config import AlignConfig
+from shared.trainers.datasets import check_evaluation, checked_rows, kind_of
+from shared.trainers.keeping import preserved_randomness
+from shared.trainers.online_config import OnlineConfig, WithRecipe
+from shared.trainers.policy_gradient import PolicyGradientTrainer, objective_of
+from shared.trainers.reference_checks import check_moves, check_reference_options
+from shared.trainers.referenced import Referenced
+from shared.trainers.rewarding import refuse_unknown, rewards_of, tell_doubts
+from shared.trainers.token_rollouts import token_parts
+from visionalign.collators import VLMCollator
+from visionalign.families import placeholder_ids
+from visionalign.online_options import VLMGRPOOptions
+from visionalign.preparing import load_vlm, prepare_vlm, shards_the_model
+from visionalign.prompting import VLMPrompts
+
+
+@dataclass
+class VLMGRPOConfig(OnlineConfig, VLMGRPOOptions, AlignConfig, metaclass=WithRecipe):
+    """Options of VLMGRPOTrainer: VLMGRPOOptions and transformers.TrainingArguments."""
+
+    run_name_stem: ClassVar[str] = "grpo_vlm"
+
+
+class VLMGRPOTrainer(Referenced, PolicyGradientTrainer):
+    """Group relative policy optimisation and its family on images and text.
+
+    Shao et al. 2024, arXiv:2402.03300; `args.recipe` names presets of the others.
+
+    Args:
+        model: hub id, folder or built-in name, or a loaded model (a PEFT model too).
+        reward_funcs: as textalign.GRPOTrainer; functions see the images too, in the prompts and as a column.
+        args: options; the defaults where None.
+        train_dataset: rows with `images` (or `image`) and a `prompt`, a text or a list of messages; their other
+            columns go to the rewards.
+        eval_dataset: held-out rows of the same kind, or several sets by name.
+        processing_class: the model's processor; loaded beside a model that is given by name.
+        reward_processing_classes: tokenizers of reward models that are given as such, one a reward.
+        callbacks, optimizers: as transformers.Trainer.
+        quantization_config: as `from_pretrained`, where the model is given by name.
+        peft_config: puts this adapter on the model; a folder or hub id of an adapter goes on training that one.
+        ref_model: the reference that β holds the policy near to, a model or its name; see textalign.GRPOTrainer.
+
+    Raises:
+        UserError: a text-only model, options that cannot be followed, rewards that are not known.
+        DataError: columns or rows that cannot be used, named; before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        reward_funcs: Any = None,
+        args: VLMGRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: ProcessorMixin | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        ref_model: str | PreTrainedModel | nn.Module | None = None,
+        **unknown: Any,
+    ):
+        refuse_unknown(type(self).__name__, unknown)
+        args = VLMGRPOConfig() if args is None else args
+        if not isinstance(args, VLMGRPOConfig):
+            raise UserError(f"args is a {type(args).__name__}; give a VLMGRPOConfig, which takes the same options.")
+        objective: PolicyGradient = objective_of(args, max_actions=args.max_completion_length)
+        ref_model = self._checked_reference(model, ref_model, args, peft_config) if args.beta else None
+        check_evaluation(args, eval_dataset)
+        run = prepare_vlm(model, args, processing_class)
+        self.model_name, self.loaded_from = run.model_name, model if isinstance(model, str) else None
+        kind = kind_of(train_dataset, {Kind.PROMPT_ONLY})
+        images = sys.maxsize if args.check_rows is None else args.check_rows
+        train, held_out = checked_rows(train_dataset, eval_dataset, kind, args, check_images=images)
+        collator = VLMCollator(
+            run.processor,
+            family=run.family,
+            kind=kind,
+            max_pixels=args.max_pixels,
+            template_kwargs=args.chat_template_kwargs,
+        )
+        encoder = VLMPrompts(collator, args.max_prompt_length, needs_image=shards_the_model())
+        if isinstance(train, Rows):
+            encoder.prompts([train[at] for at in range(min(2, len(train)))])  # a mistake in every row shows here
+        rewards = rewards_of(reward_funcs, args, train, processing_classes=reward_processing_classes)
+        tell_doubts(args, len(rewards.names))
+        init = {} if quantization_config is None else {"quantization_config": quantization_config}
+        model = load_vlm(model, args, peft_config=peft_config, **init)
+        suppressed = placeholder_ids(run.processor, model.config, family=run.family)
+        policy, actor = token_parts(model, args, encoder, suppressed=suppressed)
+        super().__init__(
+            model,
+            args,
+            policy=policy,
+            actor=actor,
+            rewards=rewards,
+            objective=objective,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=run.processor,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            ref_model=ref_model,
+        )
+        self.row_notes = {row: f"left out: {why}" for row, why in getattr(train, "left_out", {}).items()}
+
+    @staticmethod
+    def _checked_reference(model: Any, ref_model: Any, args: VLMGRPOConfig, peft_config: Any) -> Any:
+        ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
+        check_reference_options(
+            model,
+            ref_model,
+            has_adapter=peft_config is not None or hasattr(model, "peft_config"),
+            num_shared_layers=args.ref_num_shared_layers,
+            load_in_8bit=args.ref_load_in_8bit,
+            synced=args.sync_ref_model,
+        )
+        if args.sync_ref_model:
+            check_moves(every=args.ref_model_sync_steps, alpha=args.ref_model_mixup_alpha)
+        return ref_model
+
+    def load_reference(self, name: str, **options: Any) -> nn.Module:
+        with preserved_randomness():
+            init = {**(self.args.model_init_kwargs or {}), **options}
+            return load_model(name, head="image-text-to-text", frozen=True, seed=self.args.seed, **init)
+
+    def title(self) -> str:
+        return f"Vision-language GRPO: {self.model_name}"

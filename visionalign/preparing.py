@@ -1,0 +1,90 @@
+"""What every vision-language trainer does before it trains: family and processor first, the model at last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from shared.errors import UserError
+from shared.runtime.adapters import attach_adapter
+from shared.runtime.launch import engine_asked
+from shared.runtime.models import load_config, load_model, load_processor
+from visionalign.families import PARTS, Family, family_of, parameters
+
+HUB_OPTIONS = ("revision", "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class VLMRun:
+    """A vision-language model that is still to be loaded: its name for titles, its family, its processor."""
+
+    model_name: str
+    family: Family
+    processor: ProcessorMixin
+
+
+def prepare_vlm(model: str | nn.Module, args: Any, processing_class: ProcessorMixin | None) -> VLMRun:
+    """Family and processor of a model; which one it is is printed.
+
+    Args:
+        model, args, processing_class: the trainer's.
+
+    Raises:
+        UserError: a text-only model, or one that does not say where its processor is.
+    """
+    if not isinstance(model, (str, nn.Module)):
+        raise UserError(f"model is a {type(model).__name__}: give its name or folder as a string, or a loaded model.")
+    options = args.model_init_kwargs or {}
+    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    family = family_of(load_config(model, **hub) if isinstance(model, str) else model.config)
+    if processing_class is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        if not name:
+            raise UserError("processing_class is missing: this model does not say where its processor is.")
+        processing_class = load_processor(name, **hub)
+    name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
+    if args.should_log:
+        print(f"model: {name} ({family.name})", flush=True)
+    return VLMRun(name, family, processing_class)
+
+
+def load_vlm(
+    model: str | PreTrainedModel | nn.Module, args: Any, *, peft_config: Any = None, **options: Any
+) -> nn.Module:
+    """The model to train: loaded where it is given by name, with its adapter, parts of it frozen as the options say.
+
+    Args:
+        model, args, peft_config: the trainer's.
+        options: more for `from_pretrained`.
+
+    Raises:
+        UserError: see shared.runtime.models.load_model and shared.runtime.adapters.attach_adapter; or everything is
+            frozen.
+    """
+    set_seed(args.seed)  # weights that are drawn here are alike in all processes
+    if isinstance(model, str):
+        init = {**(args.model_init_kwargs or {}), **options}
+        frozen = peft_config is not None
+        model = load_model(model, head="image-text-to-text", frozen=frozen, seed=args.seed, **init)
+    adapter = {"path": peft_config} if isinstance(peft_config, str) else {"config": peft_config}
+    model = attach_adapter(model, **adapter, checkpointing=bool(args.activation_checkpointing))
+    _freeze(model, args)
+    return model
+
+
+def shards_the_model() -> bool:
+    """Whether each process holds a part of the vision tower only, so that all must run it in every step."""
+    return is_deepspeed_zero3_enabled() or engine_asked("FSDP")
+
+
+def _freeze(model: nn.Module, args: Any) -> None:
+    frozen = (args.freeze_vision_tower, args.freeze_projector, args.freeze_language_model)
+    for part, freeze in zip(PARTS, frozen, strict=True):
+        for parameter in parameters(model, part).values() if freeze else []:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("Every part of the model is frozen: nothing would be trained. Leave one --freeze_… out.")
