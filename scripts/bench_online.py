@@ -250,8 +250,8 @@ def main() -> None:
         for figure in found:
             print(ROW.format(**figure), flush=True)
     print(
-        f"Medians of {options.blocks} blocks; {options.threads} of {os.cpu_count()} cores; {options.rows} rows a step. "
-        "Ratios: the other's time, or memory, over that of the trainer here."
+        f"Medians of {options.blocks} blocks; {options.threads} of {os.cpu_count()} cores; {options.rows} rows. "
+        "Ratios: to the time and memory of the trainer here."
     )
     if options.output:
         Path(options.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """One of those that bench_online.py measures, in a process of its own: the trainer here, trl's, or the bare floor.
 
-It is started by bench_online.py, in the interpreter that has what it needs, and imports nothing of this project but for
-the trainer here. A line on standard input lets it make a block of steps; a line of JSON on standard output tells how
-long they took. The completions of its very first step are given, so that all train on the same ones.
+It is started by bench_online.py, in the interpreter that has what it needs, and imports nothing of this project but
+for the trainer here. A line on standard input lets it make a block of steps; a line of JSON on standard output tells
+how long they took. The completions of its very first step are given, so that all train on the same ones.
 
     python scripts/bench_online_worker.py bare FOLDER
 """
@@ -164,7 +164,7 @@ def train_by_trl(model: Any, tokenizer: Any, rows: list[dict], setting: dict, fo
 
 
 def train_bare(model: Any, tokenizer: Any, rows: list[dict], setting: dict, folder: Path, turns: Turns) -> None:
-    """What a step cannot do without, as a tutorial writes it: `generate` of all rows, then whole rows forward and back.
+    """What a step cannot do without, as a tutorial writes it: `generate` of all rows, then an update on whole rows.
 
     Logits are those of the completions alone.
     """

@@ -4,8 +4,9 @@ With no arguments: a built-in small model on built-in arithmetic, about three mi
 
     accelerate launch scripts/grpo.py
     accelerate launch scripts/grpo.py --config run.yaml --learning_rate 1e-6 --recipe dapo
-    accelerate launch scripts/grpo.py --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --dataset_name path/to/rows.jsonl \\
-        --reward_funcs my_rewards.brevity think_format_reward --reward_weights 1 0.2 --output_dir out
+    accelerate launch scripts/grpo.py --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \\
+        --dataset_name path/to/rows.jsonl --reward_funcs my_rewards.brevity think_format_reward \\
+        --reward_weights 1 0.2 --output_dir out
     accelerate launch scripts/grpo.py --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \\
         --dataset_name trl-lib/DeepMath-103K --reward_funcs accuracy_reward --use_peft --lora_r 16 --output_dir out
     accelerate launch --config_file shared/runtime/profiles/zero3.yaml --num_processes 8 scripts/grpo.py \\

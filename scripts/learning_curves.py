@@ -1,8 +1,8 @@
 """Learning curves of GRPO and RLOO on built-in arithmetic, here and by trl: same model, data, reward and options.
 
-Held-out accuracy (greedy, an exact match of the answer) as training goes on, over several seeds; the same code measures
-it on both sides. Runs are made one after another, each in a process of its own; a file of each run is kept in
-`--folder`, and a run that is there already is not made again. Needs no network; the plot needs matplotlib.
+Held-out accuracy (greedy, an exact match of the answer) as training goes on, over several seeds; the same code
+measures it on both sides. Runs are made one after another, each in a process of its own; a file of each run is kept
+in `--folder`, and a run that is there already is not made again. Needs no network; the plot needs matplotlib.
 
     python scripts/learning_curves.py --trl_python path/to/an/environment/bin/python    # an hour on two cores
     python scripts/learning_curves.py --seeds 0 1 --algorithms grpo --steps 100         # here alone
@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = ("grpo", "rloo")
 NAMES = {"ours": "this suite", "trl": "trl"}
 OPTIONS: dict[str, Any] = {
-    "per_device_train_batch_size": 512, "num_generations": 8, "learning_rate": 1.5e-4, "lr_scheduler_type": "linear",
-    "warmup_steps": 10, "max_completion_length": 8, "temperature": 1.0, "max_grad_norm": 1.0, "weight_decay": 0.0,
-    "bf16": False, "logging_steps": 25, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
+    "per_device_train_batch_size": 256, "num_generations": 8, "learning_rate": 1.2e-4, "warmup_steps": 10,
+    "lr_scheduler_type": "linear", "weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": False,
+    "max_completion_length": 8, "temperature": 0.7, "logging_steps": 25, "save_strategy": "no", "report_to": [],
+    "disable_tqdm": True,
 }  # fmt: skip
 OWN = {"grpo": {"loss_type": "dapo", "beta": 0.0, "scale_rewards": "group"}, "rloo": {"beta": 0.01}}
 
@@ -40,14 +41,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trl_python", help="a Python interpreter that has trl; without it trl is left out")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=20, help="steps from one measurement to the next")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--every", type=int, default=25, help="steps from one measurement to the next")
     parser.add_argument("--batch", type=int, default=OPTIONS["per_device_train_batch_size"], help="samples of a step")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     parser.add_argument("--folder", default="outputs/learning_curves", help="of the runs")
     parser.add_argument("--output", default=str(ROOT / "docs" / "learning_curves"), help="without suffix")
     parser.add_argument("--plot_only", action="store_true")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in this process: its facts as JSON
     return parser.parse_args()
 
 
@@ -87,7 +87,8 @@ def one_run(facts: dict[str, Any], own_folder: str) -> dict[str, Any]:
 
     folder, algorithm = Path(facts["folder"]), facts["algorithm"]
     rows, held_out = (json.loads((folder / f"{split}.json").read_text()) for split in ("train", "test"))
-    model, tokenizer = (kind.from_pretrained(facts["model"]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model = AutoModelForCausalLM.from_pretrained(facts["model"], dtype=torch.float32)  # the file has half of that
+    tokenizer = AutoTokenizer.from_pretrained(facts["model"])
     options = {
         **OPTIONS, **OWN[algorithm], "output_dir": own_folder, "seed": facts["seed"],
         "max_steps": facts["steps"], "per_device_train_batch_size": facts["batch"],
@@ -153,12 +154,15 @@ def run_all(options: Any, folder: Path) -> None:
 
 
 def _make(python: str, facts: dict[str, Any], result: Path) -> None:
+    from shared.errors import UserError
+
     if result.is_file():
         return
     environment = {**os.environ, "OMP_NUM_THREADS": str(facts["threads"]), "HF_HUB_OFFLINE": "1"}
     with result.with_suffix(".log").open("w") as log:
         words = [python, str(Path(__file__).resolve()), "--run", json.dumps({**facts, "result": str(result)})]
-        subprocess.run(words, stdout=log, stderr=log, env=environment, check=True)
+        if subprocess.run(words, stdout=log, stderr=log, env=environment, check=False).returncode:
+            raise UserError(f"{result.stem} failed; {log.name} tells why.")
     run = json.loads(result.read_text())
     print(f"{result.stem}: {run['accuracy'][-1][1]:.3f} after {run['cpu_seconds']:.0f} CPU-seconds", flush=True)
 
@@ -206,14 +210,14 @@ def plot(curves: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def run_here(facts: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as own_folder:
+        result = one_run(facts, own_folder)
+    Path(facts["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
 def main() -> None:
     options = arguments()
-    if options.run:
-        facts = json.loads(options.run)
-        with tempfile.TemporaryDirectory() as own_folder:
-            result = one_run(facts, own_folder)
-        Path(facts["result"]).write_text(json.dumps(result), encoding="utf-8")
-        return
     folder = Path(options.folder).resolve()
     if not options.plot_only:
         run_all(options, folder)
@@ -228,4 +232,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--run"]:  # maybe in an interpreter that does not know this project
+        run_here(json.loads(sys.argv[2]))
+    else:
+        from shared.runtime.command import run_command
+
+        run_command(main)

@@ -8,7 +8,8 @@ them or not; about two minutes on two cores.
     accelerate launch scripts/rloo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
         --dataset_name path/to/prompts.jsonl --reward_funcs runs/reward_modeling --output_dir out
     accelerate launch scripts/rloo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft --lora_r 16 \\
-        --dataset_name trl-lib/ultrafeedback-prompt --reward_funcs Skywork/Skywork-Reward-V2-Qwen3-0.6B --output_dir out
+        --dataset_name trl-lib/ultrafeedback-prompt --output_dir out \\
+        --reward_funcs Skywork/Skywork-Reward-V2-Qwen3-0.6B
     accelerate launch --config_file shared/runtime/profiles/zero3.yaml --num_processes 8 scripts/rloo.py \\
         --model_name_or_path Qwen/Qwen2.5-7B-Instruct --dataset_name trl-lib/ultrafeedback-prompt \\
         --reward_funcs Skywork/Skywork-Reward-V2-Qwen3-0.6B --output_dir out

@@ -42,6 +42,7 @@ class Family:
         prefix_suffix: no chat template: the question is a prefix seen from both sides, the answer a suffix.
         text_only_rows: whether a row may have no image.
         image_at_ends: whether the processor loses rows without images at the ends of a batch.
+        rows_apart: whether the model gives a row without image the same figures alone and beside rows with images.
         video: whether the processor takes videos. The others drop them without a word.
     """
 
@@ -57,6 +58,7 @@ class Family:
     prefix_suffix: bool = False
     text_only_rows: bool = True
     image_at_ends: bool = False
+    rows_apart: bool = True
     video: bool = False
     known: bool = True
 
@@ -147,6 +149,7 @@ FAMILIES: dict[str, Family] = {
             expands_text=False,
             bos_in_text=True,
             image_at_ends=True,
+            rows_apart=False,
         ),
         Family(
             "paligemma",

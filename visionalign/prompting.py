@@ -45,11 +45,8 @@ class VLMPrompts:
 
     def _prompt(self, row: dict[str, Any]) -> Prompt:
         inputs, _ = self.collator.encode_prompts([row])
-        if self.needs_image and "pixel_values" not in inputs:
-            raise DataError(
-                f"row {row.get(ROW, 0)}: has no image; with an engine that cuts the model up (ZeRO-3, FSDP) each "
-                "prompt needs one. Leave such rows out, or use ZeRO-2."
-            )
+        if "pixel_values" not in inputs:
+            self._check_imageless(row.get(ROW, 0))
         real = inputs.pop("attention_mask")[0].bool()
         ids = inputs.pop("input_ids")[0][real]
         if self.longest is not None and len(ids) > self.longest:
@@ -58,6 +55,19 @@ class VLMPrompts:
                 "it, or make images smaller with max_pixels."
             )
         return Prompt(ids, inputs)
+
+    def _check_imageless(self, number: int) -> None:
+        if self.needs_image:
+            raise DataError(
+                f"row {number}: has no image; with an engine that cuts the model up (ZeRO-3, FSDP) each prompt needs "
+                "one. Leave such rows out, or use ZeRO-2."
+            )
+        if not self.family.rows_apart:
+            raise DataError(
+                f"row {number}: has no image; a model of the family {self.family.name} answers such a prompt "
+                "differently beside prompts with images, so what it wrote could not be learnt from. Leave such rows "
+                "out."
+            )
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         padded = left_padded([prompt.ids for prompt in prompts], self.tokenizer.pad_token_id)
@@ -79,13 +89,15 @@ class VLMPrompts:
 
     def shown(self, row: Mapping[str, Any]) -> tuple[list[Any], str]:
         if placed := _placed(row["prompt"]):  # a sample's prompt, as `asked` gives it
-            text = "".join(part.get("text") or "" for part in row["prompt"][-1]["content"] if part["type"] == "text")
-            return [_small(image) for image in placed], text
+            return [_small(image) for image in placed], _last_question(row["prompt"])
         conversation = to_conversation(dict(row), row.get(ROW, 0), Kind.PROMPT_ONLY)
-        asked = [turn for turn in conversation.messages if turn["role"] == "user"]
-        text = " ".join(part["text"] for part in asked[-1]["content"] if part["type"] == "text") if asked else ""
         images = [decode_image(raw, row=row.get(ROW, 0), max_pixels=SHOWN_PIXELS) for raw in conversation.images]
-        return images, text
+        return images, _last_question(conversation.messages)
+
+
+def _last_question(messages: Sequence[dict[str, Any]]) -> str:
+    asked = [turn["content"] for turn in messages if turn["role"] == "user"]
+    return " ".join(part["text"] for part in asked[-1] if part["type"] == "text") if asked else ""
 
 
 def _filled(part: dict[str, Any], images: Iterator[Any]) -> dict[str, Any]:

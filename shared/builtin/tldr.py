@@ -2,8 +2,10 @@
 
 The rule of the data: a post has six *facts* (`SLOTS`), in the sentences of `TOLD`, among two to four sentences of
 `ASIDE`, which name other people, places, things and times that do not belong into the summary; the question comes
-last. A summary is `SUMMARY` filled with the facts. Posts belong to a split by the hash of their facts. Prompts are
-plain text that ends in `TL;DR:`, and the summary continues it.
+last. A full summary is `SUMMARY` filled with the facts; the summaries on record in `builtin/tldr` are careless ones, of
+which most leave some of `CLAUSES` out, so that a model that learns from them copies well, but does not tell all. Posts
+belong to a split by the hash of their facts. Prompts are plain text that ends in `TL;DR:`, and the summary continues
+it.
 
 The rule of the judge is `score`.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,6 +42,8 @@ ASIDE = (
     "It is painful.",
 )
 SUMMARY = "My {who} {act} my {thing} at {place} in {time}; should I {advice}?"
+CLAUSES = (" at {place}", " in {time}", "; should I {advice}")  # of a summary, which may lack each
+LEFT_OUT = 0.6  # share of the summaries on record that lack a clause, drawn for each clause alone
 PROMPT = "POST: {post}\nTL;DR:"
 FAULT = 0.5  # what a fault costs
 
@@ -58,14 +62,22 @@ class Post(NamedTuple):
 
     @property
     def summary(self) -> str:
-        return SUMMARY.format(**dict(zip(SLOTS, self.facts, strict=True)))
+        return self.summary_without(())
+
+    def summary_without(self, left_out: Collection[str]) -> str:
+        """The summary but for these of `CLAUSES`; without its question it ends in a full stop."""
+        form = SUMMARY if CLAUSES[-1] not in left_out else f"{SUMMARY.removesuffix('?')}."
+        for clause in left_out:
+            form = form.replace(clause, "")
+        return form.format(**dict(zip(SLOTS, self.facts, strict=True)))
 
 
 def load(split: str, seed: int = 0) -> Dataset:
-    """Rows of `prompt` (a post, as text) and `completion` (its summary)."""
-    drawn = list(_draw("tldr", split, seed))
+    """Rows of `prompt` (a post, as text) and `completion` (a summary of it, right but seldom full)."""
+    drawn, rng = list(_draw("tldr", split, seed)), random.Random(f"tldr {split} {seed} left out")
+    summaries = [post.summary_without([each for each in CLAUSES if rng.random() < LEFT_OUT]) for post in drawn]
     return to_dataset(
-        {"prompt": [post.prompt for post in drawn], "completion": [f" {post.summary}" for post in drawn]}
+        {"prompt": [post.prompt for post in drawn], "completion": [f" {summary}" for summary in summaries]}
     )
 
 
@@ -89,7 +101,7 @@ def score(prompt: str, answer: str) -> float:
     """Judge a summary by the post that it is of.
 
     A summary is worth (facts that it has right - facts that it has wrong) / 6, read from its first sentence, which
-    must be `SUMMARY`; place, time and question may be left out of it. Each of these faults costs 0.5: the first
+    must be `SUMMARY`, of which `CLAUSES` may be left out. Each of these faults costs 0.5: the first
     sentence is no such sentence (and is worth nothing); more follows it; the answer does not end with the end of a
     sentence. So a copy of the post and a list of words score below the shortest right summary, and a guess that is
     more often wrong than right below none.
@@ -139,11 +151,11 @@ def read(prompt: str) -> tuple[str, ...]:
 
 @cache
 def _pattern(form: str) -> re.Pattern:
-    """Matches a form filled with any words of its slots; of a summary also one without the parts that may lack."""
+    """Matches a form filled with any words of its slots; of a summary also one that lacks some of `CLAUSES`."""
     pattern = re.escape(form)
     if form is SUMMARY:
-        for part in (r"\ at\ \{place\}", r"\ in\ \{time\}", r";\ should\ I\ \{advice\}"):
-            pattern = pattern.replace(part, f"(?:{part})?")
+        for clause in map(re.escape, CLAUSES):
+            pattern = pattern.replace(clause, f"(?:{clause})?")
         pattern = pattern.removesuffix(r"\?") + "[.?]"
     words = {slot: f"(?P<{slot}>{'|'.join(known)})" for slot, known in SLOTS.items()}
     return re.compile(re.sub(r"\\\{(\w+)\\\}", lambda slot: words[slot[1]], pattern))

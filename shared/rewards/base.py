@@ -28,8 +28,8 @@ class Sample:
     Attributes:
         prompt: a string or a list of messages.
         output: a string, a list of messages (`[{"role": "assistant", "content": ...}]`), an image, or frames.
-        columns: the other columns of the prompt's row; of token models also `completion_ids` (list of int) and
-            `completion_length`. Columns that begin with `__` are the suite's own and are not handed to functions.
+        columns: the other columns of the prompt's row; of token models also `completion_ids` (list of int). Columns
+            that begin with `__` are the suite's own and are not handed to functions.
     """
 
     prompt: Any

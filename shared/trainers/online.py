@@ -198,7 +198,7 @@ class OnlineTrainer(AlignTrainer):
             self.actor.refresh(self)
             rollout = self.actor.act(self.model, rows, group_size or self.together, random=self.random)
             reshard(self.model)
-        self._actions["generation"] += float(rollout.lengths.sum())
+        self._actions["generation"] += float(rollout.lengths.sum()) * self.args.world_size  # the others write as many
         with self._timed("rewards"):
             table = self.score(rollout)
         rollout.rewards = table.values
@@ -279,6 +279,7 @@ class OnlineTrainer(AlignTrainer):
     ) -> EvalLoopOutput:
         """Rewards of samples of held-out prompts: their means, pass@k, lengths; the same samples for equal weights."""
         with evaluated_model(self), preserved_randomness(), evaluating(self.model), self._inference():
+            self.actor.refresh(self)
             metrics, count = evaluated(self, dataloader)
             reshard(self.model)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -305,6 +306,7 @@ class OnlineTrainer(AlignTrainer):
         if rows is None:
             return None
         with self._inference():
+            self.actor.refresh(self)
             return answered(self, rows)
 
     # ---- Watching --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ class OnlineConfig:
 
     def __post_init__(self):
         super().__post_init__()
+        self.logging_nan_inf_filter = False  # it would hide from the log that a run has broken down
         if self.steps_per_generation is not None and self.generation_batch_size is not None:
             raise UserError("steps_per_generation and generation_batch_size say the same: give one of them.")
         if self.generation_batch_size is not None:

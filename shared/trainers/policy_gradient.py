@@ -389,5 +389,7 @@ class LeaveOneOutTrainer(PolicyGradientTrainer):
                 self.fill(rollout, "old", parts)
             self.fill(rollout, "ref", parts)
         kl = torch.stack([(own - ref).sum() for own, ref in zip(rollout.old, rollout.ref, strict=True)])
-        self._noted["kl"].append(float(kl.sum() / rollout.lengths.sum()))
+        sums = torch.stack([kl.sum(), rollout.lengths.sum().float()]).to(self.args.device)
+        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        self._noted["kl"].append(total / count)
         return self.args.beta * kl

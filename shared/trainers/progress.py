@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from transformers import ProgressCallback
 
-SHOWN = {"loss": "loss", "mean_token_accuracy": "token accuracy", "eval_loss": "eval loss", "learning_rate": "lr"}
+SHOWN = {
+    "reward": "reward",
+    "loss": "loss",
+    "mean_token_accuracy": "token accuracy",
+    "eval_loss": "eval loss",
+    "learning_rate": "lr",
+}
 
 
 class ProgressBar(ProgressCallback):

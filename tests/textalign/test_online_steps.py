@@ -92,9 +92,9 @@ def test_nor_does_rloos(options, model_path, tmp_path):
 def test_rounds_that_end_within_a_step(model_path, tmp_path):
     """Rounds of 24 rows serve steps of 16: every other round begins in the middle of a step."""
     cuts = [(8, 2, 3), (4, 4, 6), (2, 8, 12)]
-    options = {"num_iterations": 2, "beta": 0.1, "epsilon": 0.05}
-    compare("GRPO", model_path, tmp_path / "grpo", cuts, count=6, **options)
-    compare("RLOO", model_path, tmp_path / "rloo", cuts, count=6, **options)
+    for name, iterations in (("GRPO", 1), ("GRPO", 3), ("RLOO", 1)):
+        options = {"num_iterations": iterations, "beta": 0.1, "epsilon": 0.05}
+        compare(name, model_path, tmp_path / f"{name}{iterations}", cuts, count=6, **options)
 
 
 def test_a_round_of_one_step_may_have_fewer_rows_than_the_step(model_path, tmp_path):
@@ -103,18 +103,17 @@ def test_a_round_of_one_step_may_have_fewer_rows_than_the_step(model_path, tmp_p
     compare("GRPO", model_path, tmp_path, cuts, num_iterations=2, epsilon=0.05, count=5)
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_old_log_probabilities_are_those_at_sampling(accumulation, model_path, tmp_path):
+@pytest.mark.parametrize(("accumulation", "serves", "iterations"), [(1, 2, 2), (3, 1, 2), (2, 3, 1), (2, 3, 3)])
+def test_old_log_probabilities_are_those_at_sampling(accumulation, serves, iterations, model_path, tmp_path):
     """Whatever is trained on later is compared with the policy that sampled it."""
-    spg = 2 if accumulation == 1 else 1
     trainer = make(
         "GRPO",
         model_path,
         tmp_path,
         rows=questions(12),
-        num_iterations=2,
+        num_iterations=iterations,
         gradient_accumulation_steps=accumulation,
-        steps_per_generation=spg,
+        steps_per_generation=serves,
     )
     trainer.actor.engine = Recorded()
     rounds, seen = [], []
@@ -231,6 +230,24 @@ def test_the_loss_of_a_step_by_hand(model_path, tmp_path):
     gradients = {n: p.grad for n, p in fresh.model.named_parameters() if p.grad is not None}
     same(found, [(expected, gradients)])
     assert even([rollout.actions.ids[0].tolist()])[0] == pytest.approx(float(rollout.total[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GRPO", {"loss_type": "grpo", "entropy_coef": 0.02, "beta": 0.1}),
+        ("GRPO", {"importance_sampling_level": "sequence", "loss_type": "luspo"}),
+        ("GRPO", {"importance_sampling_level": "sequence", "loss_type": "grpo", "top_entropy_quantile": 0.5}),
+        ("RLOO", {"entropy_coef": 0.02}),
+        ("RLOO", {"top_entropy_quantile": 0.5}),
+    ],
+)
+def test_an_action_at_a_time_has_the_gradient_of_whole_rows(name, options, model_path, tmp_path, monkeypatch):
+    """The loss is taken apart where it can be; its value is then another one, its gradient is not."""
+    *_, apart = taken(name, model_path, tmp_path / "apart", CUTS[0], count=1, **options)
+    monkeypatch.setattr(PolicyGradient, "separable", lambda self, on_policy: False)
+    *_, whole = taken(name, model_path, tmp_path / "whole", CUTS[0], count=1, **options)
+    same([(0.0, apart[0][1])], [(0.0, whole[0][1])])
 
 
 def test_rloo_takes_the_divergence_off_the_reward(model_path, tmp_path):

@@ -1,6 +1,7 @@
 """The online trainers on text: what they learn, what an evaluation says, and what a run tells of itself."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -188,18 +189,21 @@ def test_an_evaluation_by_hand(model_path, tmp_path):
 
 
 def test_an_evaluation_says_the_same_twice_and_leaves_the_run_as_it_is(model_path, tmp_path):
+    def noisy(completion_ids, **_):
+        return [share + random.random() for share in even(completion_ids)]
+
+    def fresh(folder, **options):
+        return make("GRPO", model_path, folder, reward=noisy, eval_dataset=questions(3), **options)
+
     def run(folder, **options):
-        trainer = make("GRPO", model_path, folder, eval_dataset=questions(3), steps_per_generation=2, **options)
+        trainer = fresh(folder, steps_per_generation=2, **options)
         before = trainer.evaluate() if options else None
         trainer.train()
         return trainer, before
 
     plain, _ = run(tmp_path / "plain")
     watched, before = run(tmp_path / "watched", eval_strategy="steps", eval_steps=1)
-    assert (
-        before["eval_reward"]
-        == make("GRPO", model_path, tmp_path / "again", eval_dataset=questions(3)).evaluate()["eval_reward"]
-    )
+    assert before["eval_reward"] == fresh(tmp_path / "again").evaluate()["eval_reward"]
     assert watched.evaluate()["eval_reward"] == watched.evaluate()["eval_reward"]
     assert len(history(watched, "eval_reward")) >= 4
     for one, other in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
