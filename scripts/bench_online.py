@@ -13,7 +13,7 @@ time and in memory speaks for the trainer here.
 Without `--all`, settings are those that the options name, or, without any, the middle one (prompt 512, completion 64,
 8 completions of each prompt, 32,000 tokens, equal lengths) and those that differ from it in one of these. The model is
 a Llama of 4 layers and hidden size 256. Lengths are equal (no completion ends before it is cut) or skewed (geometric,
-a quarter of the longest on average).
+two fifths of the longest on average).
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def prepare(setting: dict[str, Any], folder: Path, options: Any) -> None:
         raise UserError(f"--rows {options.rows}: must be a multiple of --group {setting['group']}.")
     longest, drawn = setting["completion"], random.Random(0)
     save_tokenizer(setting["vocab"], folder / "model")
-    save_model(setting["vocab"], 4 / longest if setting["lengths"] == "skewed" else 1e-20, folder / "model")
+    save_model(setting["vocab"], 2 / longest if setting["lengths"] == "skewed" else 1e-20, folder / "model")
 
     def ids(count: int) -> list[int]:
         return [drawn.randrange(3, setting["vocab"]) for _ in range(count)]

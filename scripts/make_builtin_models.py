@@ -93,9 +93,12 @@ MADE = {
         start="builtin/lm-small-sft",
         command="sft",
         data="builtin/tldr",
-        purpose="It sums up posts in one sentence; its training is cut short, so that other trainers can improve it",
+        purpose=(
+            "It sums up posts in one sentence; the facts that it names are mostly right, but as the summaries it has "
+            "seen are careless ones, it leaves many out, so that other trainers can improve it"
+        ),
         measure=measure.summaries,
-        options={"max_steps": 240, "warmup_steps": 30},
+        options={"max_steps": 300, "warmup_steps": 30, "learning_rate": 2e-3},
     ),
 }
 

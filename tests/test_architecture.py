@@ -9,12 +9,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = {"shared", "textalign", "visionalign", "diffusionalign", "scripts"}
-CORE = {"shared", "shared.errors", "shared.hub"}
+CORE = {"shared", "shared.errors", "shared.http", "shared.hub", "shared.secrets"}
 
 # what a module under this prefix may import of the suite; the longest prefix counts
 ALLOWED = {
     "shared.errors": set(),
+    "shared.http": {"shared.errors"},
     "shared.hub": {"shared.errors"},
+    "shared.secrets": set(),
     "shared.objectives": {"shared.objectives"},
     "shared.builtin": CORE | {"shared.builtin"},
     "shared.data": CORE | {"shared.data", "shared.objectives", "shared.builtin", "shared.policies.base"},

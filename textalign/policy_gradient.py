@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from shared.errors import UserError
 from shared.objectives.policy_gradient import PolicyGradient
 from shared.rewards.combine import RewardSet
+from shared.trainers.leave_one_out import LeaveOneOutTrainer, leave_one_out_objective
 from shared.trainers.online_config import OnlineConfig
-from shared.trainers.policy_gradient import (
-    LeaveOneOutTrainer,
-    PolicyGradientTrainer,
-    leave_one_out_objective,
-    objective_of,
-)
-from shared.trainers.rewarding import refuse_unknown, rewards_of, tell_doubts
-from shared.trainers.token_rollouts import token_parts
+from shared.trainers.policy_gradient import PolicyGradientTrainer, objective_of
+from shared.trainers.reference_checks import check_reference_used
+from shared.trainers.rewarding import check_best_metric, refuse_unknown, rewards_of, tell_doubts
+from shared.trainers.token_rollouts import engine_of, sampling_of, token_parts
 from textalign.config import TextConfig
 from textalign.online_options import GRPOOptions, RLOOOptions
 from textalign.preparing import TextRun, load_text_model
@@ -38,6 +38,15 @@ class RLOOConfig(OnlineConfig, RLOOOptions, TextConfig):
     """Options of RLOOTrainer: RLOOOptions and transformers.TrainingArguments."""
 
     run_name_stem: ClassVar[str] = "rloo"
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        bounds = self.reward_clip_range
+        if bounds is None:
+            return
+        numbers = all(isinstance(bound, Real) and not math.isnan(bound) for bound in bounds)
+        if len(bounds) != 2 or not numbers or bounds[0] >= bounds[1]:
+            raise UserError(f"reward_clip_range {bounds}: give two numbers, the least reward and the greatest.")
 
 
 class TextPolicyGradientTrainer(TextReference, PolicyGradientTrainer):
@@ -88,6 +97,7 @@ class TextPolicyGradientTrainer(TextReference, PolicyGradientTrainer):
         refuse_unknown(type(self).__name__, unknown)
         args = self.config_class.of(args)
         objective = self.objective_of(args)
+        check_reference_used(args, ref_model)
         if args.beta:
             self.take_reference(model, ref_model, args, train_dataset=train_dataset, peft_config=peft_config)
         self.run, encoder = prepare_prompts(
@@ -98,12 +108,14 @@ class TextPolicyGradientTrainer(TextReference, PolicyGradientTrainer):
             processing_class=processing_class,
         )
         run = self.run
+        engine = engine_of(args, run.tokenizer)
         rewards: RewardSet = rewards_of(reward_funcs, args, run.train, processing_classes=reward_processing_classes)
         tell_doubts(args, len(rewards.names))
+        check_best_metric(self, args, rewards.names, run.held_out)
         self.loaded_from = model if isinstance(model, str) else None
         init = {} if quantization_config is None else {"quantization_config": quantization_config}
         model = load_text_model(model, args, run.tokenizer, peft_config=peft_config, **init)
-        policy, actor = token_parts(model, args, encoder)
+        policy, actor = token_parts(model, args, encoder, engine)
         super().__init__(
             model,
             args,
@@ -142,7 +154,7 @@ class GRPOTrainer(TextPolicyGradientTrainer):
     config_class = GRPOConfig
 
     def objective_of(self, args: GRPOConfig) -> PolicyGradient:
-        return objective_of(args, max_actions=args.max_completion_length)
+        return objective_of(args, max_actions=sampling_of(args)["train"].max_new_tokens)
 
 
 class RLOOTrainer(LeaveOneOutTrainer, TextPolicyGradientTrainer):
@@ -154,4 +166,5 @@ class RLOOTrainer(LeaveOneOutTrainer, TextPolicyGradientTrainer):
     config_class = RLOOConfig
 
     def objective_of(self, args: RLOOConfig) -> PolicyGradient:
+        sampling_of(args)
         return leave_one_out_objective(args)

@@ -22,7 +22,7 @@ from shared.data.tokenise import Tokeniser, TokenSummary, tokenise, tokenise_str
 from shared.data.tokens import TokenTable
 from shared.errors import UserError
 from shared.runtime.adapters import attach_adapter, training_tokens
-from shared.runtime.models import Head, load_config, load_model, load_processor, position_limit
+from shared.runtime.models import Head, load_config, load_model, load_processor, position_limit, without_dropout
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import Answer
 from shared.trainers.config import AlignConfig
@@ -290,7 +290,7 @@ def load_text_model(
             "is_trainable=True)), or give the base model and the adapter's folder as peft_config."
         )
     if getattr(args, "disable_dropout", False):
-        _without_dropout(model)
+        without_dropout(model)
     return model
 
 
@@ -301,16 +301,6 @@ def _refuse_loading(args: Any, options: dict[str, Any]) -> None:
         raise UserError(f"model_init_kwargs: {', '.join(sorted(given))} cannot be followed: the model is loaded.")
     if options.get("quantization_config") is not None:
         raise UserError("quantization_config: the model is loaded. Give it to from_pretrained, or give a name.")
-
-
-def _without_dropout(model: nn.Module) -> None:
-    """No dropout anywhere, an adapter's neither: attention layers hold their own rate as a number."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if name.endswith("dropout") and isinstance(value, float):
-                setattr(module, name, 0.0)
 
 
 def fit_to_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -39,10 +39,20 @@ class TextPrompts:
         return [known.get(id(row)) or known.setdefault(id(row), self._prompt(row)) for row in rows]
 
     def _prompt(self, row: dict[str, Any]) -> Prompt:
-        ids = self.run.tokeniser.ask(row, self.longest).prompt_ids
+        ids = self._whole(row)
+        return Prompt(torch.as_tensor(ids if self.longest is None else ids[-self.longest :]))
+
+    def _whole(self, row: dict[str, Any]) -> list[int]:
+        ids = self.run.tokeniser.ask(row).prompt_ids
         if not ids:
             raise DataError(f"row {row.get(ROW, 0)}: prompt is empty, so there is nothing to go on from")
-        return Prompt(torch.as_tensor(ids))
+        return ids
+
+    def check(self, row: dict[str, Any]) -> str | None:
+        tokens = len(self._whole(row))
+        if self.longest is None or tokens <= self.longest:
+            return None
+        return f"prompt cut from {tokens} tokens to its last {self.longest}"
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         return left_padded([prompt.ids for prompt in prompts], self.tokenizer.pad_token_id)

@@ -20,12 +20,12 @@ from shared.runtime.models import load_model
 from shared.trainers.config import AlignConfig
 from shared.trainers.datasets import check_evaluation, checked_rows, kind_of
 from shared.trainers.keeping import preserved_randomness
-from shared.trainers.online_config import OnlineConfig, WithRecipe
+from shared.trainers.online_config import OnlineConfig
 from shared.trainers.policy_gradient import PolicyGradientTrainer, objective_of
-from shared.trainers.reference_checks import check_moves, check_reference_options
+from shared.trainers.reference_checks import check_moves, check_reference_options, check_reference_used
 from shared.trainers.referenced import Referenced
-from shared.trainers.rewarding import refuse_unknown, rewards_of, tell_doubts
-from shared.trainers.token_rollouts import token_parts
+from shared.trainers.rewarding import check_best_metric, refuse_unknown, rewards_of, tell_doubts
+from shared.trainers.token_rollouts import engine_of, sampling_of, token_parts
 from visionalign.collators import VLMCollator
 from visionalign.families import placeholder_ids
 from visionalign.online_options import VLMGRPOOptions
@@ -34,10 +34,18 @@ from visionalign.prompting import VLMPrompts
 
 
 @dataclass
-class VLMGRPOConfig(OnlineConfig, VLMGRPOOptions, AlignConfig, metaclass=WithRecipe):
+class VLMGRPOConfig(OnlineConfig, VLMGRPOOptions, AlignConfig):
     """Options of VLMGRPOTrainer: VLMGRPOOptions and transformers.TrainingArguments."""
 
     run_name_stem: ClassVar[str] = "grpo_vlm"
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.use_vllm:
+            raise UserError(
+                "use_vllm: a server's completions endpoint takes tokens alone, no images. Leave it out: completions "
+                "are written in this process."
+            )
 
 
 class VLMGRPOTrainer(Referenced, PolicyGradientTrainer):
@@ -82,10 +90,10 @@ class VLMGRPOTrainer(Referenced, PolicyGradientTrainer):
         **unknown: Any,
     ):
         refuse_unknown(type(self).__name__, unknown)
-        args = VLMGRPOConfig() if args is None else args
-        if not isinstance(args, VLMGRPOConfig):
-            raise UserError(f"args is a {type(args).__name__}; give a VLMGRPOConfig, which takes the same options.")
-        objective: PolicyGradient = objective_of(args, max_actions=args.max_completion_length)
+        args = VLMGRPOConfig.of(args)
+        longest = sampling_of(args)["train"].max_new_tokens
+        objective: PolicyGradient = objective_of(args, max_actions=longest)
+        check_reference_used(args, ref_model)
         ref_model = self._checked_reference(model, ref_model, args, peft_config) if args.beta else None
         check_evaluation(args, eval_dataset)
         run = prepare_vlm(model, args, processing_class)
@@ -105,10 +113,12 @@ class VLMGRPOTrainer(Referenced, PolicyGradientTrainer):
             encoder.prompts([train[at] for at in range(min(2, len(train)))])  # a mistake in every row shows here
         rewards = rewards_of(reward_funcs, args, train, processing_classes=reward_processing_classes)
         tell_doubts(args, len(rewards.names))
+        check_best_metric(self, args, rewards.names, held_out)
         init = {} if quantization_config is None else {"quantization_config": quantization_config}
         model = load_vlm(model, args, peft_config=peft_config, **init)
         suppressed = placeholder_ids(run.processor, model.config, family=run.family)
-        policy, actor = token_parts(model, args, encoder, suppressed=suppressed)
+        engine = engine_of(args, encoder.tokenizer, suppressed=suppressed)
+        policy, actor = token_parts(model, args, encoder, engine)
         super().__init__(
             model,
             args,

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import deepspeed_config
 
 from shared.errors import UserError
 from shared.runtime.adapters import attach_adapter
 from shared.runtime.launch import engine_asked
-from shared.runtime.models import load_config, load_model, load_processor
+from shared.runtime.models import load_config, load_model, load_processor, without_dropout
 from visionalign.families import PARTS, Family, family_of, parameters
 
 HUB_OPTIONS = ("revision", "trust_remote_code")
@@ -73,12 +73,17 @@ def load_vlm(
     adapter = {"path": peft_config} if isinstance(peft_config, str) else {"config": peft_config}
     model = attach_adapter(model, **adapter, checkpointing=bool(args.activation_checkpointing))
     _freeze(model, args)
+    if getattr(args, "disable_dropout", False):
+        without_dropout(model)
     return model
 
 
 def shards_the_model() -> bool:
-    """Whether each process holds a part of the vision tower only, so that all must run it in every step."""
-    return is_deepspeed_zero3_enabled() or engine_asked("FSDP")
+    """Whether processes share out the model's weights or gradients, so that all must run its vision tower each time.
+
+    Also ZeRO-1 and 2: they add up gradients in the order in which they come, which has to be alike everywhere.
+    """
+    return deepspeed_config() is not None or engine_asked("DEEPSPEED") or engine_asked("FSDP")
 
 
 def _freeze(model: nn.Module, args: Any) -> None:

@@ -30,18 +30,24 @@ class VLMPrompts:
     Args:
         collator: of PROMPT_ONLY rows; its reader and processor are used.
         longest: the most tokens of a prompt, image tokens included; None: no limit. Prompts are never cut.
-        needs_image: refuse prompts without images: where an engine shards the vision tower, all processes run it.
+        needs_image: refuse prompts without images: where an engine shards the model, all processes run its tower.
     """
 
     def __init__(self, collator: VLMCollator, longest: int | None = None, *, needs_image: bool = False):
         self.collator, self.family, self.longest = collator, collator.family, longest
         self.needs_image = needs_image
+        self._checked: dict[int, tuple[dict[str, Any], Prompt]] = {}  # by id, which is the row's while it is held
         self.beyond = {"token_type_ids": 1} if self.family.prefix_suffix else {}  # an answer sees what is before it
         self.tokenizer, self.max_pixels = collator.processor.tokenizer, collator.reader.max_pixels
 
     def prompts(self, rows: Sequence[dict[str, Any]]) -> list[Prompt]:
-        known: dict[int, Prompt] = {}
+        known = {key: prompt for key, (_, prompt) in self._checked.items()}
+        self._checked = {}
         return [known.get(id(row)) or known.setdefault(id(row), self._prompt(row)) for row in rows]
+
+    def check(self, row: dict[str, Any]) -> None:
+        """Raise DataError where the row cannot be used; else it is kept until its prompt is asked for."""
+        self._checked[id(row)] = (row, self._prompt(row))
 
     def _prompt(self, row: dict[str, Any]) -> Prompt:
         inputs, _ = self.collator.encode_prompts([row])
@@ -59,8 +65,8 @@ class VLMPrompts:
     def _check_imageless(self, number: int) -> None:
         if self.needs_image:
             raise DataError(
-                f"row {number}: has no image; with an engine that cuts the model up (ZeRO-3, FSDP) each prompt needs "
-                "one. Leave such rows out, or use ZeRO-2."
+                f"row {number}: has no image; with an engine that cuts the model up (DeepSpeed, FSDP) each prompt "
+                "needs one. Leave such rows out, or train data-parallel without such an engine."
             )
         if not self.family.rows_apart:
             raise DataError(

@@ -2,10 +2,9 @@
 
 The rule of the data: a post has six *facts* (`SLOTS`), in the sentences of `TOLD`, among two to four sentences of
 `ASIDE`, which name other people, places, things and times that do not belong into the summary; the question comes
-last. A full summary is `SUMMARY` filled with the facts; the summaries on record in `builtin/tldr` are careless ones, of
-which most leave some of `CLAUSES` out, so that a model that learns from them copies well, but does not tell all. Posts
-belong to a split by the hash of their facts. Prompts are plain text that ends in `TL;DR:`, and the summary continues
-it.
+last. A full summary is `SUMMARY` filled with the facts; those of `builtin/tldr` are careless ones that mostly leave
+some of `CLAUSES` out, so that a model that learns from them copies well, but seldom tells all. Posts belong to a split
+by the hash of their facts. Prompts are plain text that ends in `TL;DR:`, and the summary continues it.
 
 The rule of the judge is `score`.
 """
@@ -43,7 +42,7 @@ ASIDE = (
 )
 SUMMARY = "My {who} {act} my {thing} at {place} in {time}; should I {advice}?"
 CLAUSES = (" at {place}", " in {time}", "; should I {advice}")  # of a summary, which may lack each
-LEFT_OUT = 0.6  # share of the summaries on record that lack a clause, drawn for each clause alone
+LEFT_OUT = 0.6  # share of the summaries of `builtin/tldr` that lack a clause, drawn for each clause alone
 PROMPT = "POST: {post}\nTL;DR:"
 FAULT = 0.5  # what a fault costs
 
@@ -66,7 +65,7 @@ class Post(NamedTuple):
 
     def summary_without(self, left_out: Collection[str]) -> str:
         """The summary but for these of `CLAUSES`; without its question it ends in a full stop."""
-        form = SUMMARY if CLAUSES[-1] not in left_out else f"{SUMMARY.removesuffix('?')}."
+        form = SUMMARY.removesuffix("?") + ("." if CLAUSES[-1] in left_out else "?")
         for clause in left_out:
             form = form.replace(clause, "")
         return form.format(**dict(zip(SLOTS, self.facts, strict=True)))
@@ -101,10 +100,10 @@ def score(prompt: str, answer: str) -> float:
     """Judge a summary by the post that it is of.
 
     A summary is worth (facts that it has right - facts that it has wrong) / 6, read from its first sentence, which
-    must be `SUMMARY`, of which `CLAUSES` may be left out. Each of these faults costs 0.5: the first
-    sentence is no such sentence (and is worth nothing); more follows it; the answer does not end with the end of a
-    sentence. So a copy of the post and a list of words score below the shortest right summary, and a guess that is
-    more often wrong than right below none.
+    must be `SUMMARY`, of which `CLAUSES` may be left out. Each of these faults costs 0.5: the first sentence is no
+    such sentence (and is worth nothing); more follows it; the answer does not end with the end of a sentence. So a
+    copy of the post and a list of words score below the shortest right summary, and a guess that is more often wrong
+    than right below none.
 
     Args:
         prompt: the post, as text or as a rendered chat.

@@ -128,9 +128,72 @@ class LogProbs:
     collision: Tensor | None = None
 
 
+class ActionBatch(Protocol):
+    """What an online trainer knows of a batch: B rows of up to T actions, tokens or others. GroupedBatch is one.
+
+    Attributes:
+        columns: what the objective needs, by name, `(B,)` or `(B, T)`; the trainer puts its own in.
+    """
+
+    columns: dict[str, Tensor]
+
+    @property
+    def action_mask(self) -> Tensor:
+        """`(B, T)`, 1 where the objective counts the action."""
+        ...
+
+    def to(self, device: torch.device | str) -> ActionBatch:
+        """The batch on another device."""
+        ...
+
+
+class ActionStats(Protocol):
+    """Detached statistics of the N counted actions of a batch, row by row.
+
+    Attributes:
+        logp: `(N,)`.
+        entropy: `(N,)`, where asked for.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None
+
+
 class Policy(Protocol):
     """A modality's side of training: how its model gives log-probabilities."""
 
-    def log_probs(self, model: nn.Module, batch: GroupedBatch) -> LogProbs:
-        """Log-probabilities `(B, T)` of the completions' tokens, with gradient where the model has it."""
+    def log_probs(
+        self, model: nn.Module, batch: Any, *, entropy: bool = False, entropy_gradient: bool = False
+    ) -> LogProbs:
+        """Log-probabilities `(B, T)` of the batch's actions, with gradient where the model has it.
+
+        Args:
+            model: the model as the engine wraps it.
+            batch: a GroupedBatch, or another ActionBatch of the modality's own.
+            entropy: also give the policy's entropy at each action.
+            entropy_gradient: give the entropy, differentiable as the log-probabilities are.
+        """
+        ...
+
+    def action_objective(
+        self,
+        model: nn.Module,
+        batch: Any,
+        objective: Callable[[Tensor, slice], Tensor],
+        *,
+        entropy: bool = False,
+        entropy_weights: Tensor | None = None,
+    ) -> tuple[Tensor, ActionStats]:
+        """Sum of an objective that is separable by action, some of the N counted actions at a time.
+
+        Args:
+            model: the model as the engine wraps it.
+            batch: as of log_probs.
+            objective: gets `(n,)` log-probabilities and which of the N actions they are; gives `(n,)` weighted losses.
+            entropy: also measure the policy's entropy at the counted actions.
+            entropy_weights: `(N,)`: adds `Σ weight · entropy` to the loss, with its gradient.
+
+        Returns:
+            The scalar loss, to be differentiated, and the statistics.
+        """
         ...

@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shared.errors import UserError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 LARGEST = 3.4028234e38  # of float32
 GIVEN = {"prompts", "completions", "log_extra", "log_metric"}  # what a function may take with every call
+OF_CALLS = {"group_size", "mode"}  # names that columns and held arguments may have too: those come first
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class Reward(Protocol):
 
         Args:
             samples: B samples.
-            context: `log_extra(column, values)` and `log_metric(name, value)`, and what the trainer gives, such as
-                `trainer_state`.
+            context: `log_extra(column, values)` and `log_metric(name, value)`, and what the trainer gives:
+                `trainer_state`; `group_size`, how many samples in a row are of one prompt; `mode`, what is sampled
+                for: `train`, `eval`, or `greedy`, the most likely answers before and after training, one a prompt.
 
         Raises:
             RowErrors: some rows have no score; the others' scores come along.
@@ -81,9 +84,9 @@ class FunctionReward:
     """A function in the field's usual signature as a reward: `f(prompts, completions, **columns)`.
 
     It is called with keywords, and gets those that its signature takes, or all where it has `**kwargs`: `prompts`,
-    `completions`, `completion_ids`, each column of the rows as a list, `trainer_state`, `log_extra(column, values)`
-    and `log_metric(name, value)`. It returns a number for each row; None and NaN mean that it does not apply to the
-    row. It may be async.
+    `completions`, `completion_ids`, each column of the rows as a list, `trainer_state`, `log_extra(column, values)`,
+    `log_metric(name, value)`, and `group_size` and `mode` (see Reward) where no column is called so. It returns a
+    number for each row; None and NaN mean that it does not apply to the row. It may be async.
 
     Args:
         function: the function, or any object that can be called like one. One with a true attribute `remote` waits for
@@ -101,6 +104,7 @@ class FunctionReward:
         except (TypeError, ValueError):  # some that are written in C do not tell
             parameters = [inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)]
         self._takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        self._held = set(getattr(function, "keywords", ())) if isinstance(function, partial) else set()
         named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
         self._takes = {each.name for each in named}
         self._needs = [each.name for each in named if each.default is each.empty]
@@ -136,9 +140,10 @@ class FunctionReward:
         names = dict.fromkeys(name for sample in samples for name in sample.columns if not name.startswith("__"))
         self.check([*names, *context])
         given = {name: [sample.columns.get(name) for sample in samples] for name in names}
-        given |= context
+        given |= {name: value for name, value in context.items() if name not in given or name not in OF_CALLS}
         given["prompts"] = [sample.prompt for sample in samples]
         given["completions"] = [sample.output for sample in samples]
+        given = {name: value for name, value in given.items() if name not in OF_CALLS or name not in self._held}
         return given if self._takes_all else {name: given[name] for name in given if name in self._takes}
 
 

@@ -7,14 +7,14 @@ beside them and beside each other. Deliberately not here: how values are weighte
 
 from __future__ import annotations
 
-import asyncio
+import copy
 import logging
 import math
 import re
-import time
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -22,18 +22,16 @@ from torch import Tensor
 
 from shared.data.rows import ROW
 from shared.errors import DataError, UserError
-from shared.rewards import background
-from shared.rewards.base import FunctionReward, Reward, RowErrors, Sample, WrongCount, as_values, name_of
+from shared.rewards.base import FunctionReward, Reward, RowErrors, Sample, WrongCount, name_of
 from shared.rewards.loading import load_rewards
+from shared.rewards.places import place_of
+from shared.rewards.waiting import Call, TimedOut, run
 
 logger = logging.getLogger(__name__)
 
 ON_ERROR = {"raise": None, "zero": 0.0, "skip": math.nan}
-GRACE = 5.0  # seconds after its timeout that a reward is waited for: longer only where it blocks the event loop
-
-
-class TimedOut(UserError):
-    """A reward did not answer within its time."""
+AT_ONCE = 8  # rows of a reward that waits which are looked at beside each other
+MOST_HUNG = 32  # calls of one reward that were given up and still run, before that ends the run
 
 
 @dataclass
@@ -103,6 +101,18 @@ class RewardSet:
         self.rewards: list[Reward] = load_rewards(given, processing_classes=processing_classes, device=device)
         self.names = unique_names([name_of(reward) for reward in self.rewards])
         self._told: set[tuple[str, str]] = set()
+        self._where = "there"
+        self._hung: dict[int, list[Call]] = {}
+
+    def skipping(self, where: str) -> RewardSet:
+        """The same rewards, of which one that fails does not apply.
+
+        Args:
+            where: to which samples, for the warning, which comes once of each kind.
+        """
+        same = copy.copy(self)
+        same.on_error, same._where, same._told = "skip", where, set()
+        return same
 
     def check(self, columns: Collection[str]) -> None:
         """Raise UserError where a function takes something that the rows do not have.
@@ -141,38 +151,38 @@ class RewardSet:
 
         context = {**context, "log_extra": log_extra, "log_metric": log_metric}
         waiting = {
-            at: self._start(reward, samples, context)
+            at: self._start(at, samples, context)
             for at, reward in enumerate(self.rewards)
             if getattr(reward, "concurrent", False)
         }
         try:
             # the plain ones first: they take their time while the others wait
             for at in sorted(range(len(self.rewards)), key=lambda at: at in waiting):
-                reward = self.rewards[at]
                 found, table.seconds[at] = (
-                    self._finish(*waiting[at]) if at in waiting else _run(reward, samples, context)
+                    self._finish(at, waiting[at]) if at in waiting else run(self.rewards[at], samples, context)
                 )
                 table.values[:, at] = self._settle(at, found, samples, context, table)
         except BaseException:
-            for future, _ in waiting.values():
-                future.cancel()
+            for call in waiting.values():
+                call.cancel()
             raise
         table.metrics = {name: sum(values) / len(values) for name, values in logged.items()}
         return table
 
-    def _start(self, reward: Reward, samples: Sequence[Sample], context: Mapping[str, Any]) -> tuple[Future, float]:
-        return background.submit(_run_waiting(reward, samples, context, self.timeout)), time.monotonic()
+    def _start(self, at: int, samples: Sequence[Sample], context: Mapping[str, Any]) -> Call:
+        return Call(self.rewards[at], samples, context, name=self.names[at], timeout=self.timeout)
 
-    def _finish(self, future: Future, started: float) -> tuple[Any, float]:
+    def _finish(self, at: int, call: Call) -> tuple[Any, float]:
         """What a reward that waits returned or raised, and the seconds it took."""
-        left = None if self.timeout is None else max(0.0, started + self.timeout + GRACE - time.monotonic())
-        try:
-            return future.result(left)
-        except TimeoutError:
-            future.cancel()
-            background.abandon()
-            problem = f"it took more than {self.timeout:g} s, and blocks the event loop: an async function must await"
-            return TimedOut(problem), time.monotonic() - started
+        found, seconds = call.result()
+        if call.hangs:
+            hung = self._hung[at] = [each for each in [*self._hung.get(at, ()), call] if each.hangs]
+            if len(hung) >= MOST_HUNG:
+                raise UserError(
+                    f"{len(hung)} calls of reward {self.names[at]} took more than {self.timeout:g} s and have not "
+                    "returned yet: it hangs. Give what it waits for a time limit of its own."
+                )
+        return found, seconds
 
     def _settle(
         self, at: int, found: Any, samples: Sequence[Sample], context: Mapping[str, Any], table: RewardTable
@@ -195,7 +205,7 @@ class RewardSet:
             if self._once(name, _kind(errors[row])):
                 told = self._message(name, {row: errors[row]}, samples, whole=len(errors) == count)
                 done = "has value 0" if self.on_error == "zero" else "does not apply"
-                logger.warning("%s It %s there; more of this kind are counted, and not told.", told, done)
+                logger.warning("%s It %s %s; more of this kind are not told.", told, done, self._where)
         values[list(errors)] = ON_ERROR[self.on_error]
         return values
 
@@ -213,7 +223,7 @@ class RewardSet:
             return values, {0: error} if count == 1 else {}
         quiet = {**context, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
         errors: dict[int, Exception] = {}
-        for row, (found, _) in enumerate(self._each(self.rewards[at], [[sample] for sample in samples], quiet)):
+        for row, (found, _) in enumerate(self._each(at, [[sample] for sample in samples], quiet)):
             if isinstance(found, Exception) and not isinstance(found, WrongCount):
                 errors[row] = next(iter(found.errors.values())) if isinstance(found, RowErrors) else found
                 if self.on_error == "raise":
@@ -222,30 +232,36 @@ class RewardSet:
         if not errors or not kept:
             return values, errors
         # in one call: a function may compare the rows it is given
-        found, _ = next(self._each(self.rewards[at], [[samples[row] for row in kept]], quiet))
+        found, _ = next(self._each(at, [[samples[row] for row in kept]], quiet))
         if isinstance(found, Exception):
             return values, {}
         values[kept] = found
         return values, errors
 
     def _each(
-        self, reward: Reward, parts: Sequence[Sequence[Sample]], context: Mapping[str, Any]
+        self, at: int, parts: Sequence[Sequence[Sample]], context: Mapping[str, Any]
     ) -> Iterator[tuple[Any, float]]:
-        if not getattr(reward, "concurrent", False):
-            yield from (_run(reward, part, context) for part in parts)
+        """What a reward says of each part; as many are begun at once as are needed all the same."""
+        if not getattr(self.rewards[at], "concurrent", False):
+            yield from (run(self.rewards[at], part, context) for part in parts)
             return
-        waiting = [self._start(reward, part, context) for part in parts]
+        rest = iter(parts)
+        first = islice(rest, 1 if self.on_error == "raise" else AT_ONCE)
+        calls = deque(self._start(at, part, context) for part in first)
         try:
-            for future, started in waiting:
-                yield self._finish(future, started)
+            while calls:
+                yield self._finish(at, calls.popleft())
+                calls.extend(self._start(at, part, context) for part in islice(rest, 1))
         finally:
-            for future, _ in waiting:
-                future.cancel()
+            for call in calls:
+                call.cancel()
 
     def _message(self, name: str, errors: Mapping[int, Exception], samples: Sequence[Sample], *, whole: bool) -> str:
         row = min(errors)
         error = errors[row]
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        reason = str(error)
+        if not isinstance(error, UserError):
+            reason = f"{type(error).__name__}: {reason} {place_of(error)}".strip()
         if isinstance(error, DataError):  # it counts the rows of its call
             reason = re.sub(r"^row \d+: ", "", reason)
         place = _place(samples[row], row)
@@ -287,31 +303,6 @@ def _weights(weights: Sequence[float] | None, count: int) -> Tensor:
     return torch.tensor([float(weight) for weight in weights])
 
 
-def _run(reward: Reward, samples: Sequence[Sample], context: Mapping[str, Any]) -> tuple[Any, float]:
-    """What a reward returned or raised, and the seconds it took."""
-    started = time.monotonic()
-    try:
-        found = as_values(reward(samples, context), len(samples))
-    except Exception as error:  # a user's function may raise anything
-        found = error
-    return found, time.monotonic() - started
-
-
-async def _run_waiting(
-    reward: Reward, samples: Sequence[Sample], context: Mapping[str, Any], timeout: float | None
-) -> tuple[Any, float]:
-    started = time.monotonic()
-    try:
-        async with asyncio.timeout(timeout) as limit:
-            if isinstance(reward, FunctionReward) and reward.is_async:
-                found = await reward.call_async(samples, context)
-            else:
-                found = as_values(await asyncio.to_thread(reward, samples, context), len(samples))
-    except Exception as error:  # a user's function may raise anything
-        found = TimedOut(f"it took more than {timeout:g} s") if limit.expired() else error
-    return found, time.monotonic() - started
-
-
 def _numbers(values: Sequence[float | None]) -> Tensor:
     return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
 
@@ -321,9 +312,11 @@ def _kind(error: Exception) -> str:
     return re.sub(r"[\d.]+|'.*'", "", str(error)) if isinstance(error, UserError) else type(error).__name__
 
 
-def _place(sample: Sample, at: int) -> str:
+def _place(sample: Sample, at: int, mode: str | None) -> str:
     number = sample.columns.get(ROW)
     row = f"sample {at} of the call" if number is None else f"row {number}"
+    if number is not None and mode not in (None, "train"):
+        row = f"held-out {row}"
     output = sample.output
     if isinstance(output, (list, tuple)):
         output = " ".join(str(each.get("content")) if isinstance(each, Mapping) else repr(each) for each in output)

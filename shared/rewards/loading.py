@@ -49,7 +49,8 @@ def load_reward(spec: Any, *, processing_class: Any = None, device: Any = None) 
               one where none is named) is rewarded with its chance; `text-classification:` is the same;
             - `judge:URL|MODEL`, a model behind an OpenAI-compatible endpoint; more of EndpointJudge's arguments follow
               as `|name=value`;
-            - a loaded reward model or classifier, with its tokenizer as `processing_class`;
+            - a loaded reward model or classifier, with its tokenizer as `processing_class` or, where that is None,
+              beside the weights that it was loaded from;
             - a transformers pipeline for text classification;
             - a Reward, which is returned as it is.
         processing_class: the tokenizer of a model.
@@ -145,14 +146,29 @@ def _of_model(model: Any, processing_class: Any) -> Reward:
     from shared.rewards.classifiers import ClassifierReward
     from shared.rewards.models import RewardModel
 
-    if processing_class is None:
-        raise UserError(f"The reward {type(model).__name__} has no tokenizer: give it in reward_processing_classes.")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     labels = getattr(getattr(inner, "config", None), "num_labels", None)
     if labels is None:
         raise UserError(f"The reward {type(model).__name__} is no transformers model: wrap it in a function.")
+    if processing_class is None:
+        processing_class = _tokenizer_beside(inner)
     classifies = type(inner).__name__.endswith("ForSequenceClassification") and labels > 1
     return FunctionReward((ClassifierReward if classifies else RewardModel)(model, processing_class))
+
+
+def _tokenizer_beside(model: Any) -> Any:
+    """The tokenizer that stands where a model was loaded from."""
+    from transformers import AutoTokenizer
+
+    place, problem = getattr(model.config, "_name_or_path", ""), ""
+    if place:
+        try:
+            return AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError, KeyError) as error:
+            problem = f" at {place}, from where it was loaded ({str(error).strip().splitlines()[0]})"
+    raise UserError(
+        f"The reward {type(model).__name__} has no tokenizer{problem}: give it in reward_processing_classes."
+    )
 
 
 def _of_pipeline(pipeline: Any) -> Reward:

@@ -237,3 +237,15 @@ def parameter_report(model) -> str:
     count = sum(trained.values())
     kinds = ", ".join(f"{n:,} in {kind}" for kind, n in trained.items())
     return f"{count:,} of {total:,} parameters are trained ({count / max(total, 1):.2%}; {kinds})"
+
+
+def without_dropout(model: Any) -> None:
+    """No dropout anywhere, an adapter's neither: attention layers hold their own rate as a number."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -23,16 +23,6 @@ FALSE_WORDS = ("false", "no", "off", "0")
 NO_DEFAULT = dataclasses.MISSING
 
 
-SECRET = re.compile(r"(^|_)(token|key|password|passwd|secret|authorization|credentials?)$", re.IGNORECASE)
-# options of tokenizers that end like a secret and hold a word of the vocabulary
-NOT_SECRET = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|image|video|audio)_token$", re.IGNORECASE)
-
-
-def is_secret(name: str) -> bool:
-    """Whether an option of this name holds what must not be written down: a token, a key, a password."""
-    return bool(SECRET.search(name)) and not NOT_SECRET.match(name)
-
-
 class BadValue(ValueError):
     """A word that does not fit an option's type. `word` is what was given, the message completes "it is …"."""
 

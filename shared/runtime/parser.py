@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 import yaml
 
 from shared.errors import UserError
-from shared.runtime.options import BadValue, Option, class_options, closest, is_secret
+from shared.runtime.options import BadValue, Option, class_options, closest
 from shared.runtime.training_fields import training_options
 from shared.runtime.usage import format_help
 from shared.runtime.yaml_file import YamlError, read_yaml
+from shared.secrets import is_secret
 
 COMMAND_LINE = "command line"
 IGNORED = ("local_rank",)  # older launchers add it; the environment says the same

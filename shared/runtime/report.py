@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.runtime.checkpoint import write_atomically
-from shared.runtime.options import is_secret
 from shared.runtime.report_curves import Curves, curves_from_log
 from shared.runtime.report_html import render
 from shared.runtime.report_text import as_number, before_after_table
 from shared.runtime.rollout_tables import RolloutRow, RolloutTable, add_table, from_json, rollout_text, to_json
+from shared.secrets import is_secret
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -43,7 +43,7 @@ def _table(table: RolloutTable, *, unfolded: bool) -> str:
     facts = [f"{_count(len(table.rows), 'completion')} of {_count(len(groups), 'prompt')}"]
     if table.mean_reward is not None:
         facts.insert(0, f"mean reward {format_number(table.mean_reward)}")
-    body = "".join(_prompt(rows, parts) for rows in groups[:PROMPTS_SHOWN])
+    body = "".join(_prompt(rows, parts, table.extras) for rows in groups[:PROMPTS_SHOWN])
     return (
         f'<details class="card rollouts"{" open" if unfolded else ""}><summary>Step {table.step:,} '
         f'<span class="muted">({", ".join(facts)})</span></summary>{body}'
@@ -51,7 +51,7 @@ def _table(table: RolloutTable, *, unfolded: bool) -> str:
     )
 
 
-def _prompt(rows: Sequence[RolloutRow], parts: Sequence[str]) -> str:
+def _prompt(rows: Sequence[RolloutRow], parts: Sequence[str], extras: Sequence[str]) -> str:
     asked = rows[0]
     pictures = pictures_html(asked.images) if asked.images else ""
     names = [readable(name) for name in parts]
@@ -59,15 +59,16 @@ def _prompt(rows: Sequence[RolloutRow], parts: Sequence[str]) -> str:
     head = '<th scope="col">completion</th>' + "".join(
         f'<th scope="col" class="num">{escape(name)}</th>' for name in figures
     )
-    body = "".join(_completion(row, parts, names) for row in rows[:COMPLETIONS_SHOWN])
+    noted = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("ended", *extras))
+    body = "".join(_completion(row, parts, names, extras) for row in rows[:COMPLETIONS_SHOWN])
     return (
         f'<div class="prompt"><div class="asked">{pictures}<div class="text">{text_html(asked.prompt)}</div></div>'
-        f'<div class="scroll"><table class="samples"><thead><tr>{head}<th scope="col">ended</th></tr></thead>'
+        f'<div class="scroll"><table class="samples"><thead><tr>{head}{noted}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>{_rest(len(rows) - COMPLETIONS_SHOWN, 'completion')}</div>"
     )
 
 
-def _completion(row: RolloutRow, parts: Sequence[str], names: Sequence[str]) -> str:
+def _completion(row: RolloutRow, parts: Sequence[str], names: Sequence[str], extras: Sequence[str]) -> str:
     looks = "up" if row.advantage > 0 else "down" if row.advantage < 0 else ""
     rewards = [(name, _reward(row.rewards.get(part))) for part, name in zip(parts, names, strict=True)]
     cells = [
@@ -77,6 +78,7 @@ def _completion(row: RolloutRow, parts: Sequence[str], names: Sequence[str]) -> 
         _figure("advantage", signed(row.advantage), looks),
         _figure("tokens", f"{row.tokens:,}"),
         cell("ended", "✓" if row.finished else "cut"),
+        *(cell(name, row.extra.get(name, "")) for name in extras),
     ]
     return f"<tr>{''.join(cells)}</tr>"
 

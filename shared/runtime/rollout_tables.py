@@ -38,6 +38,7 @@ class RolloutRow:
         tokens: the completion's length, the ending token included.
         finished: whether it ended by itself; False: cut at the longest length allowed.
         group: which prompt of the table it belongs to. None: told apart by prompt and images.
+        extra: column -> what a reward noted of the row, as text.
     """
 
     images: list[Image | Picture]
@@ -49,6 +50,7 @@ class RolloutRow:
     tokens: int
     finished: bool
     group: int | None = None
+    extra: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,6 +64,11 @@ class RolloutTable:
     def parts(self) -> list[str]:
         """The names of the rewards of all rows."""
         return list(dict.fromkeys(name for row in self.rows for name in row.rewards))
+
+    @property
+    def extras(self) -> list[str]:
+        """The names of the further columns of all rows."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.extra))
 
     @property
     def mean_reward(self) -> float | None:
@@ -133,6 +140,7 @@ def to_json(tables: Iterable[RolloutTable]) -> list[dict[str, Any]]:
                             "advantage": row.advantage,
                             "tokens": row.tokens,
                             "finished": row.finished,
+                            **({"extra": dict(row.extra)} if row.extra else {}),
                         }
                         for row in rows
                     ],
@@ -165,6 +173,7 @@ def from_json(tables: Iterable[Mapping[str, Any]], *, up_to: int | None = None) 
                     row["tokens"],
                     row["finished"],
                     group=place,
+                    extra=dict(row.get("extra", {})),
                 )
                 for place, prompt in enumerate(table["prompts"])
                 for row in prompt["completions"]
@@ -186,7 +195,8 @@ def rollout_text(table: RolloutTable, width: int = 100) -> str:
     Args:
         table: what was sampled at one step.
         width: columns of the terminal. Texts are cut in their middle to fit; parts of the reward that do not fit are
-            left out. Below about 70 columns the lines may be longer.
+            left out; what a reward noted of a completion stands on a line of its own. Below about 70 columns the
+            lines may be longer.
 
     Returns:
         Lines without a newline at the end. Control characters are shown as escapes, so that a completion cannot
@@ -226,6 +236,9 @@ def rollout_text(table: RolloutTable, width: int = 100) -> str:
                     [*parts, _figure(row.reward), signed(row.advantage), f"{row.tokens:,}", ended],
                 )
             )
+            if row.extra:
+                noted = ", ".join(f"{name}: {value}" for name, value in row.extra.items())
+                lines.append("    " + _fitted(noted, width - 4).rstrip())
     return "\n".join(lines)
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from shared.errors import UserError
+from shared.http import JsonClient, ServerError
 from shared.runtime.generation import Completions, Sampling
-from shared.runtime.servers_http import JsonClient, ServerError
 from shared.runtime.servers_start import check_tokenizer, logprobs_mode_of, serve_command, served_model
 from shared.runtime.servers_sync import WEIGHTS, WeightSync
 

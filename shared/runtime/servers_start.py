@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from shared.errors import UserError
-from shared.runtime.servers_http import JsonClient, ServerError
+from shared.http import JsonClient, ServerError
 
 PROBE = (
     "The quick brown fox: 3 + 4 = 7, naïve café\n"  # a text on which two tokenizers are unlikely to agree by chance

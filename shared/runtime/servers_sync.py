@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import UserError
-from shared.runtime.servers_http import JsonClient, ServerError
+from shared.http import JsonClient, ServerError
 from shared.runtime.servers_weights import write_adapter, write_weights
 
 WEIGHTS = ("full", "lora")

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
-from shared.errors import DataError, UserError
+from shared.errors import UserError
 from shared.policies.prefix import evaluating
 from shared.runtime import checkpoint as checkpoints
 from shared.runtime.fsdp import reshard, unused_parameters_allowed
@@ -267,14 +267,15 @@ class AlignTrainer(Trainer):
         return f"Go on with: --output_dir {self.args.output_dir} --resume_from_checkpoint true (run.yaml has the rest)"
 
     def _save_what_is_done(self, error: BaseException) -> None:
-        """A row that cannot be used, found in mid-training, costs no finished step.
+        """A row that cannot be used, or a reward that fails, in mid-training, costs no finished step.
 
         Not with several processes: the others are at work on a step that this one will never join.
         """
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressBar):
                 callback.close()
-        if isinstance(error, DataError) and self.args.world_size == 1 and self.state.global_step > 0:
+        before = 0 if self._resume is None else checkpoints.step_of(self._resume)
+        if isinstance(error, UserError) and self.args.world_size == 1 and self.state.global_step > before:
             self._save_checkpoint(self.model_wrapped, None)
             print(f"Saved at step {self.state.global_step}. {self._how_to_resume()}", flush=True)
 

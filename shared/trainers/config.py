@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import get_token
@@ -60,6 +60,18 @@ FOLLOWED = {
     "include_for_metrics": ([],),
     "label_names": (None, [], ["labels"]),
 }
+# options that scripts written for other libraries give any trainer -> what to do instead
+NOT_TAKEN = {
+    "evaluation_strategy": "It is called eval_strategy.",
+    "tokenizer": "Give the tokenizer, or the processor, to the trainer, as processing_class.",
+    "max_seq_length": "It is called max_length.",
+    "max_target_length": "It is called max_completion_length.",
+    "router_aux_loss_coef": "A router's auxiliary loss is not part of the objectives here: leave it out.",
+    "use_liger_loss": "Leave it out: whole logits never exist here in any case.",
+    "recipe": "Recipes are of the trainers that write samples and learn by group-relative policy gradients (GRPO).",
+}
+# options of transformers.TrainingArguments that open accounts
+SECRET = ("hub_token", "push_to_hub_token")
 # what an option's value may be, besides the values that its type names
 TYPES: dict[type, tuple[type, ...]] = {
     bool: (bool,),
@@ -72,16 +84,61 @@ TYPES: dict[type, tuple[type, ...]] = {
 }
 
 
+class ConfigClass(type):
+    """Looks at the words before a dataclass does, which would answer with a bare TypeError."""
+
+    def __call__(cls, *args: Any, trust_remote_code: bool | None = None, **given: Any):
+        hints = {
+            name: hint for base in reversed(cls.__mro__) for name, hint in vars(base).get("not_taken", {}).items()
+        }
+        own = {field.name for field in fields(cls)}
+        for name in given:
+            if name in hints and name not in own:
+                raise UserError(f"{name} is not an option of {cls.__name__}. {hints[name]}")
+        config = super().__call__(*args, **cls.completed(given))
+        if trust_remote_code is not None:  # on the command line it is one of the model's options
+            config.model_init_kwargs = {"trust_remote_code": trust_remote_code, **(config.model_init_kwargs or {})}
+        return config
+
+
 @dataclass
-class AlignConfig(AlignOptions, TrainingArguments):
+class AlignConfig(AlignOptions, TrainingArguments, metaclass=ConfigClass):
     """Base of every trainer's configuration. Joining the other processes happens here, before any model is loaded.
 
+    In Python `trust_remote_code` is taken too, and goes into `model_init_kwargs`.
+
     Raises:
-        UserError: more processes than devices, or a run that is not what the launcher was asked for.
+        UserError: names that other libraries' configurations take and this one does not, with what to give instead;
+            more processes than devices, or a run that is not what the launcher was asked for.
     """
 
     run_name_stem: ClassVar[str] = "run"  # names the folder of a run that is given none: runs/<stem>
     followed: ClassVar[dict[str, tuple]] = FOLLOWED
+    not_taken: ClassVar[dict[str, str]] = NOT_TAKEN  # a class's own are told beside those of its bases
+
+    @classmethod
+    def completed(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The options that are given, with those that follow from them."""
+        return given
+
+    @classmethod
+    def of(cls, args: Any) -> Self:
+        """The options a trainer is given, as its own class: the defaults for None.
+
+        A plain transformers.TrainingArguments gives what differs from its defaults; the rest is the suite's.
+
+        Raises:
+            UserError: the options of another trainer.
+        """
+        if args is None:
+            return cls()
+        if type(args) is TrainingArguments:
+            usual = TrainingArguments()
+            names = (field.name for field in fields(TrainingArguments) if field.init)
+            return cls(**{n: getattr(args, n) for n in names if getattr(args, n) != getattr(usual, n)})
+        if not isinstance(args, cls):
+            raise UserError(f"args is a {type(args).__name__}; give a {cls.__name__}, which takes the same options.")
+        return args
 
     def __post_init__(self):
         self._check_options()
@@ -134,11 +191,14 @@ class AlignConfig(AlignOptions, TrainingArguments):
         check_output_dir(self.output_dir, resuming=resume is not None, overwrite=self.overwrite_output_dir)
 
     def chosen(self) -> dict[str, Any]:
-        """The options that differ from their defaults, as plain values."""
+        """The options that differ from their defaults, as plain values; none that opens an account."""
         given = self.to_dict()
         chosen = {}
         for field in fields(self):
-            value = given.get(field.name)
+            if field.name in SECRET:
+                continue
+            # to_dict hides whatever is called a token, those of a text too
+            value = getattr(self, field.name) if field.name.endswith("_token") else given.get(field.name)
             default = field.default if field.default_factory is MISSING else field.default_factory()
             if field.init and value != default and isinstance(value, str | int | float | bool | list | dict):
                 chosen[field.name] = value

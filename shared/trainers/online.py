@@ -8,6 +8,7 @@ fetch a batch ahead of the update that it should come after.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections import defaultdict
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
@@ -35,9 +37,20 @@ from shared.trainers.answers import evenly_spaced
 from shared.trainers.base import AlignTrainer
 from shared.trainers.keeping import preserved_randomness
 from shared.trainers.online_evaluation import answered, evaluated, printed, sample_table
-from shared.trainers.online_state import load_state, save_state
+from shared.trainers.online_loop import Steps, Stream
+from shared.trainers.online_state import Place, load_state, save_state
 from shared.trainers.readying import evaluated_model
-from shared.trainers.rollout import Actor, Buffer, MicroBatch, Prompts, Rollout, cut, in_memory, round_shape
+from shared.trainers.rollout import (
+    Actor,
+    Buffer,
+    MicroBatch,
+    Prompts,
+    Rollout,
+    cut,
+    in_memory,
+    joined_extras,
+    round_shape,
+)
 
 
 class OnlineTrainer(AlignTrainer):
@@ -69,6 +82,7 @@ class OnlineTrainer(AlignTrainer):
         **kwargs: Any,
     ):
         self.policy, self.actor, self.rewards = policy, actor, rewards
+        self.rewards_of_answers = rewards.skipping("to the most likely answers, one a prompt")
         self.local_rows, self.together, self.unit = round_shape(args, args.world_size)
         rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         prompts_a_step = rows_a_step / args.num_generations / args.num_iterations
@@ -76,21 +90,23 @@ class OnlineTrainer(AlignTrainer):
         drawn = math.ceil((args.max_steps + 1) * prompts_a_step + self.local_rows * args.world_size) * most
         rows = in_memory(train_dataset, drawn if args.max_steps > 0 else None)
         rows = rows if isinstance(rows, Rows) else Rows(rows)
-        if args.max_steps <= 0:
-            args.max_steps = math.ceil(args.num_train_epochs * len(rows) / prompts_a_step)
+        steps = math.ceil(args.num_train_epochs * len(rows) / prompts_a_step)
+        self.steps_in_all = args.max_steps if args.max_steps > 0 else steps
         args.ignore_data_skip = True  # where a run goes on is in its buffer and cursor
         super().__init__(
             model,
             args,
             train_dataset=rows,
             eval_dataset=eval_dataset,
-            callbacks=[_Steps(self), *(callbacks or [])],
+            callbacks=[Steps(self), *(callbacks or [])],
             data_collator=list,
             **kwargs,
         )
-        self.prompts = Prompts(rows, shuffle=args.shuffle_dataset, seed=args.data_seed)
+        order = {"shuffle": args.shuffle_dataset, "seed": args.data_seed}
+        self.prompts = Prompts(rows, **order, check=actor.check, skip=args.on_bad_row == "skip")
         self.random = torch.Generator(args.device).manual_seed(args.seed * 65_537 + args.process_index)
         self.buffer: Buffer | None = None
+        self.begun: Place | None = None  # where things were before the micro-batches that are being drawn
         self.alarms = Alarms()
         self.step: dict[str, Tensor] = {}
         self._phase = 0  # micro-batches of the current optimizer step that have been drawn
@@ -130,9 +146,15 @@ class OnlineTrainer(AlignTrainer):
 
     # ---- The loop --------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> _Stream:
+    def get_train_dataloader(self) -> Stream:
         """Micro-batches without end; a round is sampled when the last one is spent."""
-        return _Stream(self)
+        return Stream(self)
+
+    def set_initial_training_values(self, args: Any, dataloader: Stream) -> tuple:
+        """transformers' figures of a run, which is one epoch to it; the options stay as they were given."""
+        args = copy.copy(args)
+        args.max_steps = self.steps_in_all
+        return super().set_initial_training_values(args, dataloader)
 
     def next_micro_batch(self) -> MicroBatch:
         """The next micro-batch of the buffer, which is filled first where it is spent."""
@@ -153,10 +175,10 @@ class OnlineTrainer(AlignTrainer):
 
         Sets `self.step`: `rows` and `actions` over all micro-batches and processes, at least 1.
         """
-        batches = []
+        self.begun, batches = Place.of(self), []
         for self._phase in range(num_batches):
             batches.append(next(epoch_iterator))
-        self._phase = 0
+        self._phase, self.begun = 0, None
         counts = torch.tensor([batch.counts for batch in batches], dtype=torch.float64).sum(0)
         rows, actions = self.accelerator.reduce(counts.float().to(device), "sum").clamp(min=1)
         self.step = {"rows": rows, "actions": actions}
@@ -194,6 +216,7 @@ class OnlineTrainer(AlignTrainer):
     def _sampled(self, indices: list[int], group_size: int | None = None) -> Rollout:
         """Samples of the prompts at these indices, with their rewards."""
         rows = self.prompts.at(indices)
+        self.row_notes.update(self.prompts.notes)
         with self._timed("generation"), evaluating(self.model), self._inference():
             self.actor.refresh(self)
             rollout = self.actor.act(self.model, rows, group_size or self.together, random=self.random)
@@ -201,7 +224,7 @@ class OnlineTrainer(AlignTrainer):
         self._actions["generation"] += float(rollout.lengths.sum()) * self.args.world_size  # the others write as many
         with self._timed("rewards"):
             table = self.score(rollout)
-        rollout.rewards = table.values
+        rollout.rewards, rollout.extras = table.values, table.extras
         rollout.total = weighted_rewards(table.values, self.rewards.weights)
         for name, value in table.metrics.items():
             self._noted[name].append(value)
@@ -211,9 +234,10 @@ class OnlineTrainer(AlignTrainer):
                 self._noted[f"rewards/{name}/error_ratio"].append(table.errors.get(name, 0) / rollout.rows)
         return rollout
 
-    def score(self, rollout: Rollout) -> RewardTable:
-        """The rewards of a rollout's samples."""
-        return self.rewards(rollout.samples, trainer_state=self.state)
+    def score(self, rollout: Rollout, mode: str = "train") -> RewardTable:
+        """The rewards of a rollout's samples. `mode`: as they were sampled, see Actor.act."""
+        rewards = self.rewards_of_answers if mode == "greedy" else self.rewards
+        return rewards(rollout.samples, trainer_state=self.state, group_size=rollout.group_size, mode=mode)
 
     def _resampled(self, rollout: Rollout) -> Rollout:
         """The round with other prompts in the place of groups that teach nothing, as far as they are found."""
@@ -241,6 +265,7 @@ class OnlineTrainer(AlignTrainer):
         ]
         joined = self.actor.join(parts, rows)
         joined.rewards = torch.cat([part.rewards[kept] for part, kept in zip(parts, rows, strict=True)])
+        joined.extras = joined_extras(parts, rows)
         joined.total = torch.cat([part.total[kept] for part, kept in zip(parts, rows, strict=True)])
         return joined
 
@@ -257,13 +282,15 @@ class OnlineTrainer(AlignTrainer):
     # ---- Evaluation ------------------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """This process's share of the held-out prompts, in order."""
+        """This process's share of the held-out prompts, in order; batches are of completions, whole groups each."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, str):
             rows = self.eval_dataset[rows]
         rows = rows if isinstance(rows, Rows) else Rows(rows)
         share = rows.share(self.args.process_index, self.args.world_size)
-        return DataLoader(share, batch_size=self.args.per_device_eval_batch_size, collate_fn=list)
+        group = self.args.num_generations_eval or self.args.num_generations
+        size = max(1, self.args.per_device_eval_batch_size // group)
+        return DataLoader(share, batch_size=size, collate_fn=list)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """As get_eval_dataloader."""
@@ -314,22 +341,32 @@ class OnlineTrainer(AlignTrainer):
     def _keep_samples(self, rollout: Rollout) -> None:
         """A table for the report, of the first round in every `sample_every` steps."""
         every, tables = self.args.sample_every, self.report.rollouts
-        if not every or not self.args.should_save:
+        if not every or not self.args.should_save or not self._shown(rollout):
             return
         if not tables or self.state.global_step // every > tables[-1].step // every:
             self.report.add_rollouts(sample_table(self, rollout, self._shown(rollout)))
 
     def _shown(self, rollout: Rollout) -> int:
-        return self.args.num_completions_to_print or rollout.rows
+        count = self.args.num_completions_to_print
+        return rollout.rows if count is None else count
+
+    def _means(self) -> dict[str, float]:
+        """Means of the rounds' figures since the last log, over all processes."""
+        own = {name: sum(values) / len(values) for name, values in self._noted.items() if values}
+        everyones = gather_object([own]) if self.args.world_size > 1 else [own]
+        names = dict.fromkeys(name for each in everyones for name in each)
+        found = {name: [each[name] for each in everyones if name in each] for name in names}
+        return {name: sum(values) / len(values) for name, values in found.items()}
 
     def _logs_next(self) -> bool:
         """Whether the step under way is one that is logged."""
-        return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
+        first = self.args.logging_first_step and self.state.global_step == 0
+        return first or (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the figures of the rounds and what the steps' time went to, since the last time."""
         if "loss" in logs:
-            means = {name: sum(values) / len(values) for name, values in self._noted.items() if values}
+            means = self._means()
             steps = max(1, self.state.global_step - self._logged)
             self._logged = self.state.global_step
             times = {f"time/{name}": seconds / steps for name, seconds in self._seconds.items()}
@@ -345,7 +382,8 @@ class OnlineTrainer(AlignTrainer):
         super().log(logs, start_time)
         if "loss" in logs:
             if self.args.log_completions and self.args.should_save and self.buffer is not None:
-                print(printed(self, self.buffer.rollout, self._shown(self.buffer.rollout)), flush=True)
+                if shown := self._shown(self.buffer.rollout):
+                    print(printed(self, self.buffer.rollout, shown), flush=True)
             for text in self.alarms.check(self.state.global_step, self.state.log_history[-1]):
                 self.report.notes.append(text)
                 if self.args.should_log:
@@ -360,36 +398,3 @@ class OnlineTrainer(AlignTrainer):
     def load_extras(self, checkpoint: Path) -> None:
         super().load_extras(checkpoint)
         load_state(self, checkpoint)
-
-
-class _Stream:
-    """An iterable without a length, for transformers' loop: how many steps there are is in max_steps."""
-
-    def __init__(self, trainer: OnlineTrainer):
-        self.trainer = trainer
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        while True:
-            yield self.trainer.next_micro_batch()
-
-
-class _Steps(TrainerCallback):
-    """Counts epochs by the prompts that were drawn, and the seconds of updates."""
-
-    def __init__(self, trainer: OnlineTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        trainer._logged = state.global_step
-        if trainer._resume is None:
-            trainer.buffer = None  # of an earlier train(), which its model has left behind
-
-    def on_step_end(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        trainer._seconds["update"] += time.perf_counter() - trainer._clock
-        before, state.epoch = trainer.last_epoch, trainer.prompts.cursor / len(trainer.prompts.rows)
-        trainer.last_epoch = state.epoch
-        if int(before) != int(state.epoch) and state.global_step < state.max_steps:
-            control.should_evaluate |= args.eval_strategy == "epoch"
-            control.should_save |= args.save_strategy == "epoch"

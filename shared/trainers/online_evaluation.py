@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shared.data.rows import PADDING, Rows
+from shared.errors import DataError
 from shared.objectives.advantages import pass_at_k, weighted_rewards
 from shared.runtime.report import RolloutRow, RolloutTable, SampleRow, rollout_text
 from shared.trainers.answers import SAMPLES_SHOWN
@@ -18,6 +20,8 @@ from shared.trainers.rollout import Rollout
 
 if TYPE_CHECKING:
     from shared.trainers.online import OnlineTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def evaluated(trainer: OnlineTrainer, loader: DataLoader) -> tuple[dict[str, float], int]:
@@ -27,14 +31,17 @@ def evaluated(trainer: OnlineTrainer, loader: DataLoader) -> tuple[dict[str, flo
     random = torch.Generator(device).manual_seed(args.seed * 65_537 + args.process_index)
     facts = []
     for rows in loader:
+        rows = _usable(trainer, rows)
         rollout = trainer.actor.act(trainer.model, rows, size, random=random, mode="eval")
-        values = trainer.score(rollout).values
+        values = trainer.score(rollout, "eval").values
         real = torch.tensor([not row.get(PADDING) for row in rows]).repeat_interleave(size)
         more = [weighted_rewards(values, trainer.rewards.weights), rollout.lengths, rollout.truncated, real]
         facts.append(torch.cat([values.float(), torch.stack([fact.float() for fact in more], 1)], 1))
         trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
     found = trainer.accelerator.gather(torch.cat(facts).to(device)).cpu()
     found = found[found[:, -1] > 0]
+    if not len(found):
+        raise DataError("No held-out prompt can be used: all are left out.")
     return _figures(trainer, found[:, :-4], *found[:, -4:-1].unbind(1), size), len(found) // size
 
 
@@ -59,18 +66,36 @@ def answered(trainer: OnlineTrainer, rows: Rows) -> tuple[dict[str, float], list
     found: list[tuple[int, str, list[float]]] = []
     size = args.per_device_eval_batch_size
     for start in range(0, len(share), size):
-        part = [share[at] for at in range(start, min(start + size, len(share)))]
+        part = _usable(trainer, [share[at] for at in range(start, min(start + size, len(share)))])
         rollout = trainer.actor.act(trainer.model, part, 1, random=None, mode="greedy")
-        values = trainer.score(rollout).values.tolist()
+        values = trainer.score(rollout, "greedy").values.tolist()
         for i, (sample, given) in enumerate(zip(rollout.samples, values, strict=True)):
-            at = (start + i) * args.world_size + args.process_index
-            found.append((at, trainer.actor.shown(sample)[2], given))
+            if not part[i].get(PADDING):
+                at = (start + i) * args.world_size + args.process_index
+                found.append((at, trainer.actor.shown(sample)[2], given))
     found = sorted(gather_object(found) if args.world_size > 1 else found)
-    found = [each for at, each in enumerate(found) if at == 0 or each[0] != found[at - 1][0]][: len(rows)]
-    whole = [rows[at] for at in range(len(rows))]
+    whole = [rows[at] for at, *_ in found]
     figures = _by_kind(whole, [values for *_, values in found], names, trainer.rewards.weights)
     every = max(1, len(found) // SAMPLES_SHOWN)
-    return figures, [_sample(trainer, whole[at], text, values) for at, text, values in found[::every][:SAMPLES_SHOWN]]
+    shown = [(row, text, values) for row, (_, text, values) in zip(whole, found, strict=True)][::every]
+    return figures, [_sample(trainer, *each) for each in shown[:SAMPLES_SHOWN]]
+
+
+def _usable(trainer: OnlineTrainer, rows: list[dict]) -> list[dict]:
+    """Held-out rows, and marked ones, of which nothing is counted, in the place of those that are to be skipped."""
+    if trainer.args.on_bad_row != "skip":
+        return rows
+    found, spare = [], None
+    for row in rows:
+        try:
+            trainer.actor.check(row)
+        except DataError as error:
+            if not row.get(PADDING):
+                logger.warning("A held-out row is left out: %s", error)
+            spare = spare or {**trainer.prompts.at([0])[0], PADDING: True}
+            row = spare
+        found.append(row)
+    return found
 
 
 def _by_kind(rows: list[dict], values: list[list[float]], names: list[str], weights: Tensor) -> dict[str, float]:
@@ -113,9 +138,14 @@ def sample_table(trainer: OnlineTrainer, rollout: Rollout, count: int) -> Rollou
                 tokens=int(rollout.lengths[at]),
                 finished=not bool(rollout.truncated[at]),
                 group=at // rollout.group_size,
+                extra={name: _text(values[at]) for name, values in rollout.extras.items()},
             )
         )
     return RolloutTable(trainer.state.global_step, rows)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def printed(trainer: OnlineTrainer, rollout: Rollout, count: int) -> str:

@@ -17,7 +17,6 @@ from shared.objectives.advantages import (
     gdpo_advantages,
     group_advantages,
     importance_correction,
-    leave_one_out,
     top_entropy,
     weighted_rewards,
     zero_std_groups,
@@ -26,7 +25,7 @@ from shared.objectives.policy_gradient import PolicyGradient
 from shared.policies.prefix import evaluating
 from shared.trainers.online import OnlineTrainer
 from shared.trainers.reference import NoReference, Reference
-from shared.trainers.rollout import Buffer, MicroBatch, Rollout, cut, padded
+from shared.trainers.rollout import Buffer, MicroBatch, Rollout, padded
 
 
 class PolicyGradientTrainer(OnlineTrainer):
@@ -81,6 +80,12 @@ class PolicyGradientTrainer(OnlineTrainer):
         own = torch.cat([rollout.rewards.float(), torch.stack(facts, 1)], 1).to(self.args.device)
         rewards, (total, penalty, lengths, truncated) = _split(self.accelerator.gather(own), len(facts))
         advantages = self.advantages(rewards, penalty).float()
+        if advantages.shape != total.shape or not advantages.isfinite().all():
+            raise UserError(
+                f"{type(self).__name__}.advantages gave {list(advantages.shape)} values"
+                f"{'' if advantages.isfinite().all() else ', not all of them finite'}: it has to give {len(total)} "
+                "finite numbers, one a sample."
+            )
         start = self.args.process_index * count
         rollout.advantages = advantages[start : start + count].cpu()
         return self._figures(rewards, total, lengths, truncated)
@@ -214,7 +219,9 @@ class PolicyGradientTrainer(OnlineTrainer):
         old, ref = columns.get("old"), columns.get("ref")
         advantages = columns["advantages"][:, None].expand(mask.shape)
         separable = objective.separable(old is None)
-        bonus = -self._bonus_coef() * weights if self._bonus_coef() else None
+        bonus = None
+        if coef := self._bonus_coef():  # of the step's mean entropy, whatever the loss is divided by
+            bonus = -coef * self.args.world_size * mask / self.step["actions"]
         if (factor := self._factor(columns, mask)) is not None:  # of the policy term alone
             if separable and objective.importance != "token":
                 weights = weights * factor
@@ -222,11 +229,15 @@ class PolicyGradientTrainer(OnlineTrainer):
                 advantages = advantages * factor
         wanted = {"entropy": bonus is not None or self._logs_next() or self.args.use_adaptive_entropy}
         if separable:
-            weights = objective.on_policy_weights(weights, mask) if old is None else weights
+            plain, weights = weights, objective.on_policy_weights(weights, mask) if old is None else weights
             flat = _Flat(objective, mask, weights, advantages, old, ref)
             if bonus is not None:
                 wanted["entropy_weights"] = bonus[mask]
             loss, stats = self.policy.action_objective(model, batch, flat.losses, **wanted)
+            if old is None and objective.importance != "token":  # those weights are for the gradient: mend the value
+                with torch.no_grad():
+                    losses = objective.action_losses(stats.logp, None, advantages[mask])
+                loss = loss + (losses * (plain - weights)[mask]).sum()
             grid = torch.zeros_like(weights).masked_scatter(mask, stats.logp.to(weights.dtype))
             entropy = stats.entropy
         else:
@@ -342,54 +353,21 @@ def objective_of(args: Any, *, max_actions: int | None) -> PolicyGradient:
     Raises:
         UserError: options out of range, or that exclude each other.
     """
-    _check(args)
     names = {"importance": "importance_sampling_level", "bias_corrected_kl": "use_bias_correction_kl"}
     known = (f.name for f in fields(PolicyGradient) if f.name != "max_actions")
-    return _made(**{name: getattr(args, names.get(name, name)) for name in known}, max_actions=max_actions)
+    return made_objective(
+        args, **{name: getattr(args, names.get(name, name)) for name in known}, max_actions=max_actions
+    )
 
 
-def leave_one_out_objective(args: Any) -> PolicyGradient:
-    """RLOO's objective by UpdateOptions: the clipped ratio of whole samples, β in the reward.
+def made_objective(args: Any, **options: Any) -> PolicyGradient:
+    """PolicyGradient with these options, once what UpdateOptions hold beside them is checked.
 
     Raises:
         UserError: options out of range.
     """
     _check(args)
-    return _made(importance="sequence_sum", epsilon=args.epsilon, epsilon_high=args.epsilon_high)
-
-
-def _made(**options: Any) -> PolicyGradient:
     try:
         return PolicyGradient(**options)
     except ValueError as error:  # an objective's own words for its options
         raise UserError(str(error)) from error
-
-
-class LeaveOneOutTrainer(PolicyGradientTrainer):
-    """REINFORCE with the mean of a group's other samples as baseline (RLOO: Ahmadian et al. 2024, arXiv:2402.14740).
-
-    The divergence to the reference is taken off the reward, β Σ (logp − ref) over the sample's actions.
-    """
-
-    def advantages(self, rewards_BK: Tensor, penalty_B: Tensor) -> Tensor:
-        total = weighted_rewards(rewards_BK, self.rewards.weights.to(rewards_BK.device))
-        if self.args.reward_clip_range is not None:
-            total = total.clamp(*self.args.reward_clip_range)
-        normalize = self.args.normalize_advantages
-        return leave_one_out(total - penalty_B, self.args.num_generations, normalize=normalize)
-
-    def penalty(self, rollout: Rollout) -> Tensor:
-        if not self.args.beta:
-            return super().penalty(rollout)
-        parts = cut(rollout.lengths, self.unit, self.args.per_device_train_batch_size, 1)
-        with self._timed("log_probs"):
-            if rollout.logp is not None and self.samplers_count:
-                rollout.old = list(rollout.logp)
-            else:
-                self.fill(rollout, "old", parts)
-            self.fill(rollout, "ref", parts)
-        kl = torch.stack([(own - ref).sum() for own, ref in zip(rollout.old, rollout.ref, strict=True)])
-        sums = torch.stack([kl.sum(), rollout.lengths.sum().float()]).to(self.args.device)
-        total, count = self.accelerator.reduce(sums, "sum").tolist()
-        self._noted["kl"].append(total / count)
-        return self.args.beta * kl

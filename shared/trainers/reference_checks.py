@@ -67,6 +67,23 @@ def check_reference_options(
         )
 
 
+def check_reference_used(args: Any, ref_model: Any) -> None:
+    """Raise UserError where a trainer whose β is 0 is asked for a reference.
+
+    Args:
+        args: ReferenceModelOptions, with `beta`.
+        ref_model: the trainer's argument.
+    """
+    asked = {"ref_model": ref_model is not None}
+    names = ("ref_model_name_or_path", "ref_num_shared_layers", "ref_load_in_8bit", "sync_ref_model")
+    asked |= {name: bool(getattr(args, name)) for name in names}
+    if not args.beta and (given := [name for name, there in asked.items() if there]):
+        raise UserError(
+            f"{', '.join(given)}: there is no reference where beta is 0. Give beta, the weight of the divergence from "
+            "it, or leave this out."
+        )
+
+
 def check_moves(*, every: int, alpha: float) -> None:
     """Raise UserError unless a reference can be moved every so many steps by so much."""
     if every < 1:

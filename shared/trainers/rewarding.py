@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
+
+from transformers import Trainer
 
 from shared.data.schema import column_names
 from shared.errors import UserError
 from shared.rewards.combine import RewardSet
+from shared.trainers.online import OnlineTrainer
 from shared.trainers.recipes import doubtful
 
 logger = logging.getLogger(__name__)
@@ -25,7 +28,7 @@ NOT_TAKEN = {
     "model_init": "Give the model, or its name, as model.",
 }
 # what every reward function may take besides the data's columns
-GIVEN = ("completion_ids", "trainer_state", "log_extra", "log_metric")
+GIVEN = ("completion_ids", "trainer_state", "group_size", "mode", "log_extra", "log_metric")
 
 
 def refuse_unknown(trainer: str, given: Mapping[str, Any]) -> None:
@@ -64,6 +67,33 @@ def rewards_of(given: Any, args: Any, rows: Any, *, processing_classes: Any = No
     columns = column_names(data) if hasattr(data, "__len__") else list(next(islice(iter(data), 1), {}))
     rewards.check({*columns, *GIVEN})
     return rewards
+
+
+def check_best_metric(trainer: OnlineTrainer, args: Any, rewards: Sequence[str], held_out: Any) -> None:
+    """Say before any training what the first evaluation would say: that it has no metric of that name.
+
+    Nothing is said of a trainer with an evaluation of its own.
+
+    Args:
+        rewards: their names.
+        held_out: the held-out rows; several sets by name.
+
+    Raises:
+        UserError: no evaluation has `metric_for_best_model`.
+    """
+    kind, name = type(trainer), args.metric_for_best_model
+    own = kind.evaluate is not Trainer.evaluate or kind.evaluation_loop is not OnlineTrainer.evaluation_loop
+    if name is None or own or args.eval_strategy == "no":
+        return
+    size = args.num_generations_eval or args.num_generations
+    known = ["reward", *(f"rewards/{reward}/mean" for reward in rewards), "pass@1", f"pass@{size}"]
+    known += ["completions/mean_length", "completions/clipped_ratio"]
+    timed = ["runtime", "samples_per_second", "steps_per_second"]
+    sets = [f"{each}_" for each in held_out] if isinstance(held_out, dict) else []
+    if name.removeprefix("eval_") not in {prefix + each for prefix in ("", *sets) for each in (*known, *timed)}:
+        raise UserError(
+            f"metric_for_best_model {name}: an evaluation has no such metric; there are: {', '.join(known)}."
+        )
 
 
 def tell_doubts(args: Any, rewards: int) -> None:

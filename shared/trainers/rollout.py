@@ -7,7 +7,7 @@ on, is a modality's own, behind `Actor`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from shared.data.rows import ROW
 from shared.data.schema import undecoded
-from shared.errors import UserError
+from shared.errors import DataError, UserError
+from shared.policies.base import ActionBatch
 from shared.rewards.base import Sample
 from shared.trainers.sampling import TrainingOrder
 
@@ -38,6 +39,7 @@ class Rollout:
         advantages: `(B,)`.
         old, ref: as `logp`, under the policy before its update and under the reference; an entry None: not known.
         correction: `(lengths[i],)` a row, weights that correct for a sampler with other numerics.
+        extras: column -> B values, that rewards gave to `log_extra`, for people; not kept in checkpoints.
     """
 
     samples: list[Sample]
@@ -52,6 +54,7 @@ class Rollout:
     old: list[Tensor | None] = field(default_factory=list)
     ref: list[Tensor | None] = field(default_factory=list)
     correction: list[Tensor] | None = None
+    extras: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -76,10 +79,24 @@ class Actor(Protocol):
         """Sample `group_size` times for each of the rows' prompts. `mode`: train, eval or greedy."""
         ...
 
-    def batch(self, rollout: Rollout, rows: Sequence[int], group_size: int) -> Any:
+    def check(self, row: dict[str, Any]) -> str | None:
+        """What happens to a row's prompt that its user should know, such as a cut; None: nothing.
+
+        Raises:
+            DataError: the row cannot be sampled from.
+        """
+        ...
+
+    def batch(
+        self, rollout: Rollout, rows: Sequence[int], group_size: int, *, skipped: Tensor | None = None
+    ) -> ActionBatch:
         """What the policy runs on: some rows, of which `group_size` in a row belong to one prompt.
 
-        It has `columns`, `action_mask` (B, T), `to(device)`.
+        Args:
+            rollout: what the rows are of.
+            rows: which.
+            group_size: a divisor of the rollout's own.
+            skipped: `(B,)` bool over all rows of the rollout, those of which no action counts.
         """
         ...
 
@@ -179,6 +196,13 @@ def cut(lengths: Tensor, unit: int, per_batch: int, window: int) -> list[list[in
     return [[row for at in order[i : i + size] for row in units[at]] for i in range(0, len(order), size)]
 
 
+def joined_extras(parts: Sequence[Rollout], rows: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
+    """The `extras` of some rows of several rollouts; None where a rollout has no such column."""
+    names = dict.fromkeys(name for part in parts for name in part.extras)
+    places = [(part, row) for part, kept in zip(parts, rows, strict=True) for row in kept]
+    return {name: [part.extras[name][row] if name in part.extras else None for part, row in places] for name in names}
+
+
 def padded(values: Sequence[Tensor], width: int) -> Tensor:
     """Rows of different length as `(B, width)` float32, zeros behind them."""
     out = torch.zeros(len(values), width)
@@ -195,8 +219,9 @@ def round_shape(args: Any, world: int) -> tuple[int, int, int]:
     """
     size, groups = args.per_device_train_batch_size, args.num_generations
     local = size * args.steps_per_generation
-    if groups < 2:
-        raise UserError(f"num_generations {groups}: must be at least 2, since the rewards of a group are compared.")
+    if groups < (least := getattr(args, "least_generations", 2)):
+        why = ", since the rewards of a group are compared" if least > 1 else ""
+        raise UserError(f"num_generations {groups}: must be at least {least}{why}.")
     if local * world % groups:
         raise UserError(
             f"A round of sampling has per_device_train_batch_size {size} × steps_per_generation "
@@ -219,13 +244,26 @@ class Prompts:
         rows: map-style rows.
         shuffle: in random order, another one each epoch.
         seed: of the order.
+        check: says what happens to a row's prompt, and raises DataError where it cannot be used; see Actor.check.
+        skip: put the row behind it in the place of one that cannot be used; else its DataError ends the run.
 
     Attributes:
         cursor: prompts drawn so far.
+        notes: row number -> what happened to its prompt, of rows that were left out or changed.
     """
 
-    def __init__(self, rows: Any, *, shuffle: bool, seed: int):
+    def __init__(
+        self,
+        rows: Any,
+        *,
+        shuffle: bool,
+        seed: int,
+        check: Callable[[dict[str, Any]], str | None] | None = None,
+        skip: bool = False,
+    ):
         self.rows, self.cursor = rows, 0
+        self.notes: dict[int, str] = {}
+        self._check, self._skip, self._unusable = check, skip, set()
         self._order = TrainingOrder(rows, "random" if shuffle else "sequential", batch_size=1, seed=seed)
         self._epoch, self._indices = -1, []
 
@@ -242,9 +280,34 @@ class Prompts:
         return drawn
 
     def at(self, indices: Iterable[int]) -> list[dict[str, Any]]:
-        """The rows at some indices; each is read once."""
+        """The rows at some indices; each is read once.
+
+        Raises:
+            DataError: a row that cannot be used, or with `skip` that none can.
+        """
         found: dict[int, dict[str, Any]] = {}
-        return [found.setdefault(at, self.rows[at]) if at not in found else found[at] for at in indices]
+        return [found.setdefault(at, self._usable(at)) if at not in found else found[at] for at in indices]
+
+    def _usable(self, at: int) -> dict[str, Any]:
+        """The row there or, where it is left out, the first behind it that is not: alike on all processes."""
+        places = [place % len(self.rows) for place in range(at, at + len(self.rows))]
+        for place in places:
+            if place in self._unusable:
+                continue
+            row = self.rows[place]
+            try:
+                note = self._check(row) if self._check else None
+            except DataError as error:
+                if not self._skip:
+                    raise
+                self._unusable.add(place)
+                number = row.get(ROW, place)
+                self.notes[number] = f"left out: {str(error).removeprefix(f'row {number}: ')}"
+                continue
+            if note:
+                self.notes[row.get(ROW, place)] = note
+            return row
+        raise DataError(f"No row can be used; the last: {next(reversed(self.notes.values()))}")
 
 
 def in_memory(rows: Any, needed: int | None) -> Any:

@@ -45,6 +45,10 @@ class PromptEncoder(Protocol):
         """Left-padded `input_ids` `(P, L)`, `attention_mask` and extras, as `model.generate` takes them."""
         ...
 
+    def check(self, row: dict[str, Any]) -> str | None:
+        """What happens to a row's prompt (a cut), as a note; None: nothing. Raises DataError as `prompts`."""
+        ...
+
     def asked(self, row: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """A row's prompt, and its other columns, as rewards see them."""
         ...
@@ -119,6 +123,9 @@ class TokenActor:
             samples.append(Sample(prompt, output, {**columns, "completion_ids": ids.tolist()}))
         lengths = torch.tensor([len(ids) for ids in actions.ids])
         return Rollout(samples, group_size, actions, lengths, torch.zeros(len(samples), dtype=torch.bool))
+
+    def check(self, row: dict[str, Any]) -> str | None:
+        return self.encoder.check(row)
 
     def batch(
         self, rollout: Rollout, rows: Sequence[int], group_size: int, *, skipped: Tensor | None = None
@@ -218,36 +225,45 @@ def sampling_of(args: Any) -> dict[str, Sampling]:
     return {"train": Sampling(**values), "eval": Sampling(**held_out), "greedy": greedy}
 
 
-def token_parts(
-    model: nn.Module, args: Any, encoder: PromptEncoder, *, suppressed: Collection[int] = ()
-) -> tuple[TokenPolicy, TokenActor]:
-    """Policy and actor of a model that writes tokens, by SamplingOptions.
+def engine_of(args: Any, tokenizer: Any, *, suppressed: Collection[int] = ()) -> Generator:
+    """What writes tokens, by SamplingOptions.
 
     Args:
         suppressed: tokens that are never written, such as an image's places.
 
     Raises:
-        UserError: options out of range, or a server that cannot be reached.
+        UserError: a server that cannot be reached, or serves another model.
     """
-    sampling = sampling_of(args)
-    policy = TokenPolicy(model, temperature=sampling["train"].temperature or 1.0, share_prefix=args.share_prefix)
-    tokenizer = encoder.tokenizer
     if args.use_vllm:
-        engine: Generator = ServerGenerator(
+        return ServerGenerator(
             args.vllm_server_base_url,
             tokenizer,
             sync_dir=args.vllm_sync_dir or Path(args.output_dir) / "served",
             timeout=args.vllm_server_timeout,
         )
-    else:
-        engine = InProcessGenerator(
-            tokenizer,
-            suppressed=suppressed,
-            max_rows=args.generation_rows,
-            gather_weights=args.ds3_gather_for_generation,
-        )
-    multiple = args.pad_to_multiple_of
+    return InProcessGenerator(
+        tokenizer,
+        suppressed=suppressed,
+        max_rows=args.generation_rows,
+        gather_weights=args.ds3_gather_for_generation,
+    )
+
+
+def token_parts(
+    model: nn.Module, args: Any, encoder: PromptEncoder, engine: Generator
+) -> tuple[TokenPolicy, TokenActor]:
+    """Policy and actor of a model that writes tokens, by SamplingOptions.
+
+    Args:
+        engine: see `engine_of`.
+
+    Raises:
+        UserError: options out of range.
+    """
+    sampling = sampling_of(args)
+    policy = TokenPolicy(model, temperature=sampling["train"].temperature or 1.0, share_prefix=args.share_prefix)
+    pad = encoder.tokenizer.pad_token_id
     actor = TokenActor(
-        encoder, engine, sampling=sampling, pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=multiple
+        encoder, engine, sampling=sampling, pad_token_id=pad, pad_to_multiple_of=args.pad_to_multiple_of
     )
     return policy, actor

@@ -239,8 +239,8 @@ def resumed(models: Path, folder: Path) -> dict:
 
 
 TASKS = {
-    "grpo": grpo, "rloo": rloo, "bonus": bonus, "idle": idle, "split": split, "adapter": adapter, "vision": vision, "mixed": mixed,
-    "learns": learns, "dynamic": dynamic, "resumed": resumed,
+    "grpo": grpo, "rloo": rloo, "bonus": bonus, "idle": idle, "split": split, "adapter": adapter, "vision": vision,
+    "mixed": mixed, "learns": learns, "dynamic": dynamic, "resumed": resumed,
 }  # fmt: skip
 
 

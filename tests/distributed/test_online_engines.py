@@ -12,7 +12,7 @@ WORKER = Path(__file__).with_name("online_worker.py")
 COMPARED = ["grpo", "rloo", "bonus", "idle", "split", "adapter", "vision", "mixed"]
 ENGINES = {
     "multi_cpu": [*COMPARED, "learns", "dynamic", "resumed"],
-    "zero2": ["grpo", "mixed", "learns"],
+    "zero2": ["grpo", "vision", "learns"],
     "zero3": ["grpo", "rloo", "split", "vision", "learns", "dynamic", "resumed"],
     "fsdp2": ["grpo", "rloo", "bonus", "adapter", "vision", "learns", "dynamic", "resumed"],
 }

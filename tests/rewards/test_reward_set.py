@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shared.errors import UserError
-from shared.rewards import background, combine
+from shared.rewards import background, combine, waiting
 from shared.rewards.base import FunctionReward, RowErrors, Sample
 from shared.rewards.combine import RewardSet, unique_names
 
@@ -140,7 +140,7 @@ def test_a_failure_names_function_and_row(function, reason, caplog):
     rows = samples("good", "bad", "fine")
     rewards = RewardSet(function)
     name = rewards.names[0]
-    with pytest.raises(UserError, match=rf"Reward {name} failed on row 11 \('bad'\): {reason}\. .*on_reward_error"):
+    with pytest.raises(UserError, match=rf"Reward {name} failed on row 11 \('bad'\): {reason}.*\. .*on_reward_error"):
         rewards(rows)
     for on_error, value in (("zero", 0.0), ("skip", math.nan)):
         caplog.clear()
@@ -264,7 +264,7 @@ def test_a_reward_that_waits_too_long_is_left():
 
 
 def test_a_reward_that_blocks_the_loop_does_not_hang_the_run(monkeypatch):
-    monkeypatch.setattr(combine, "GRACE", 0.05)
+    monkeypatch.setattr(waiting, "GRACE", 0.05)
     release = threading.Event()
 
     async def blocks(completions):

@@ -5,6 +5,7 @@ import torch
 from tiny_online import Recorded, even, make, perturb, questions, same, steps
 
 import textalign
+from shared.errors import UserError
 from shared.objectives.policy_gradient import PolicyGradient
 from shared.objectives.policy_losses import LOSSES
 
@@ -266,3 +267,49 @@ def test_rloo_takes_the_divergence_off_the_reward(model_path, tmp_path):
     expected = grouped - (grouped.sum(1, keepdim=True) - grouped) / 3
     torch.testing.assert_close(rollout.advantages, expected.flatten(), rtol=1e-4, atol=1e-5)
     assert isinstance(trainer.objective, PolicyGradient) and trainer.objective.importance == "sequence_sum"
+
+
+@pytest.mark.parametrize(
+    "name, options", [("RLOO", {"beta": 0.0}), ("GRPO", {"importance_sampling_level": "sequence"})]
+)
+def test_the_loss_of_untouched_weights_is_that_of_the_first_pass(name, options, model_path, tmp_path):
+    options = {"num_generations": 4, "num_iterations": 2, **options}
+    trainer, _ = taken(name, model_path, tmp_path, (16, 1, 1), count=0, **options)
+    first, again = steps(trainer, 2, rate=0.0)
+    assert first[0] == pytest.approx(again[0], abs=1e-5), "one is on-policy, the other by the old log-probabilities"
+
+
+def test_an_entropy_bonus_does_not_depend_on_what_the_loss_is_divided_by(model_path, tmp_path):
+    bonuses = []
+    for loss in ("grpo", "dapo", "dr_grpo", "luspo"):
+        level = {"importance_sampling_level": "sequence"} if loss == "luspo" else {}
+        losses = []
+        for coef in (0.0, 1.0):
+            folder = tmp_path / f"{loss}{coef}"
+            _, ((value, _), *_) = taken(
+                "GRPO", model_path, folder, (16, 1, 1), count=1, loss_type=loss, entropy_coef=coef, **level
+            )
+            losses.append(value)
+        bonuses.append(losses[0] - losses[1])
+    assert bonuses == pytest.approx([bonuses[0]] * 4, rel=1e-4) and bonuses[0] > 1
+
+
+@pytest.mark.parametrize("given", [torch.full((16,), torch.nan), torch.zeros(3)])
+def test_what_the_hook_for_advantages_gives_is_checked(given, model_path, tmp_path):
+    class Own(textalign.GRPOTrainer):
+        def advantages(self, rewards_BK, penalty_B):
+            return given
+
+    args = textalign.GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=16, max_steps=1, eval_answers=0)
+    trainer = Own(model_path, "think_format_reward", args=args, train_dataset=questions(4))
+    trainer.actor.engine = Recorded()
+    with pytest.raises(UserError, match="Own.advantages gave .* 16 finite numbers"):
+        trainer.train()
+
+
+def test_options_stay_as_they_were_given(model_path, tmp_path):
+    trainer = make("GRPO", model_path, tmp_path, rows=questions(8), max_steps=-1, num_train_epochs=1.0)
+    trainer.actor.engine = Recorded()
+    trainer.train()
+    assert trainer.args.max_steps == -1
+    assert trainer.state.global_step == trainer.state.max_steps > 0
