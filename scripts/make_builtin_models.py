@@ -94,11 +94,11 @@ MADE = {
         command="sft",
         data="builtin/tldr",
         purpose=(
-            "It sums up posts in one sentence; the facts that it names are mostly right, but as the summaries it has "
-            "seen are careless ones, it leaves many out, so that other trainers can improve it"
+            "It sums up posts in one sentence; the facts that it names are mostly right, but as most summaries it has "
+            "seen are careless ones, it leaves half of them out, so that other trainers can improve it"
         ),
         measure=measure.summaries,
-        options={"max_steps": 300, "warmup_steps": 30, "learning_rate": 2e-3},
+        options={"max_steps": 400, "warmup_steps": 30, "learning_rate": 2e-3},
     ),
 }
 

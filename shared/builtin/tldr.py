@@ -1,10 +1,10 @@
 """`builtin/tldr` and its prompts: short posts that ask for advice, one-sentence summaries, and the rule to judge them.
 
-The rule of the data: a post has six *facts* (`SLOTS`), in the sentences of `TOLD`, among two to four sentences of
+The rule of the data: a post has six *facts* (`SLOTS`), in the sentences of `TOLD`, among up to two sentences of
 `ASIDE`, which name other people, places, things and times that do not belong into the summary; the question comes
-last. A full summary is `SUMMARY` filled with the facts; those of `builtin/tldr` are careless ones that mostly leave
-some of `CLAUSES` out, so that a model that learns from them copies well, but seldom tells all. Posts belong to a split
-by the hash of their facts. Prompts are plain text that ends in `TL;DR:`, and the summary continues it.
+last. A full summary is `SUMMARY` filled with the facts. Of those of `builtin/tldr` most are careless ones that leave
+`CLAUSES` out, so that a model that learns from them copies well, but seldom tells all. Posts belong to a split by the
+hash of their facts. Prompts are plain text that ends in `TL;DR:`, and the summary continues it.
 
 The rule of the judge is `score`.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,7 +42,7 @@ ASIDE = (
 )
 SUMMARY = "My {who} {act} my {thing} at {place} in {time}; should I {advice}?"
 CLAUSES = (" at {place}", " in {time}", "; should I {advice}")  # of a summary, which may lack each
-LEFT_OUT = 0.6  # share of the summaries of `builtin/tldr` that lack a clause, drawn for each clause alone
+CARELESS = 0.6  # share of the summaries of `builtin/tldr` that lack all of them
 PROMPT = "POST: {post}\nTL;DR:"
 FAULT = 0.5  # what a fault costs
 
@@ -61,20 +61,18 @@ class Post(NamedTuple):
 
     @property
     def summary(self) -> str:
-        return self.summary_without(())
+        return SUMMARY.format(**dict(zip(SLOTS, self.facts, strict=True)))
 
-    def summary_without(self, left_out: Collection[str]) -> str:
-        """The summary but for these of `CLAUSES`; without its question it ends in a full stop."""
-        form = SUMMARY.removesuffix("?") + ("." if CLAUSES[-1] in left_out else "?")
-        for clause in left_out:
-            form = form.replace(clause, "")
-        return form.format(**dict(zip(SLOTS, self.facts, strict=True)))
+    @property
+    def careless_summary(self) -> str:
+        """The summary without `CLAUSES`: right, but it tells only half of the facts."""
+        return SUMMARY.replace("".join(CLAUSES) + "?", ".").format(**dict(zip(SLOTS, self.facts, strict=True)))
 
 
 def load(split: str, seed: int = 0) -> Dataset:
-    """Rows of `prompt` (a post, as text) and `completion` (a summary of it, right but seldom full)."""
-    drawn, rng = list(_draw("tldr", split, seed)), random.Random(f"tldr {split} {seed} left out")
-    summaries = [post.summary_without([each for each in CLAUSES if rng.random() < LEFT_OUT]) for post in drawn]
+    """Rows of `prompt` (a post, as text) and `completion` (a summary of it, right but often careless)."""
+    drawn, rng = list(_draw("tldr", split, seed)), random.Random(f"tldr {split} {seed} summaries")
+    summaries = [post.careless_summary if rng.random() < CARELESS else post.summary for post in drawn]
     return to_dataset(
         {"prompt": [post.prompt for post in drawn], "completion": [f" {summary}" for summary in summaries]}
     )
@@ -91,7 +89,7 @@ def write(rng: random.Random) -> Post:
     facts = {slot: rng.choice(words) for slot, words in SLOTS.items()}
     other = {slot: rng.choice([word for word in words if word != facts[slot]]) for slot, words in SLOTS.items()}
     *told, question = (form.format(**facts) for form in TOLD)
-    said = told + [form.format(**other) for form in rng.sample(ASIDE, rng.randint(2, 4))]
+    said = told + [form.format(**other) for form in rng.sample(ASIDE, rng.randint(0, 2))]
     rng.shuffle(said)
     return Post(" ".join([*said, question]), tuple(facts.values()))
 

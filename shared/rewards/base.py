@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LARGEST = 3.4028234e38  # of float32
 GIVEN = {"prompts", "completions", "log_extra", "log_metric"}  # what a function may take with every call
+BESIDE = {"completion_ids", "log_extra", "log_metric", "trainer_state", "group_size", "mode"}  # what is no column
 OF_CALLS = {"group_size", "mode"}  # names that columns and held arguments may have too: those come first
 
 
@@ -118,10 +119,12 @@ class FunctionReward:
         """
         missing = [name for name in self._needs if name not in GIVEN and name not in columns]
         if missing:
-            listed = ", ".join(sorted(name for name in columns if not name.startswith("__"))) or "none"
+            listed = sorted(name for name in columns if not name.startswith("__"))
+            own = ", ".join(name for name in listed if name not in BESIDE) or "none"
+            beside = ", ".join(name for name in listed if name in BESIDE)
             raise UserError(
-                f"Reward {self.__name__} takes {missing[0]!r}, and the rows have no such column; there are: {listed}. "
-                "Rename the column or the function's argument."
+                f"Reward {self.__name__} takes {missing[0]!r}, and the rows have no such column; there are: {own}. "
+                "Rename the column or the function's argument." + (f" Every call has {beside} too." if beside else "")
             )
 
     def __call__(self, samples: Sequence[Sample], context: Mapping[str, Any]) -> Tensor:
@@ -204,6 +207,8 @@ def _number(raw: Any) -> tuple[float, str | None]:
         return math.nan, f"it gave {raw[:60]!r}, which is no number"
     try:
         value = float(raw.detach() if hasattr(raw, "detach") else raw)
+    except OverflowError:
+        return math.nan, "it gave a number that is too large"
     except (TypeError, ValueError, RuntimeError):  # a tensor of several values raises RuntimeError
         return math.nan, f"it gave {_kind(raw)}, which is no number"
     if abs(value) > LARGEST:

@@ -198,12 +198,12 @@ class RewardSet:
         else:
             values, errors = self._locate(at, found, samples, context)
         if self.on_error == "raise":
-            raise UserError(self._message(name, errors or {0: found}, samples, whole=not errors)) from found
+            raise UserError(self._message(name, errors or {0: found}, samples, context, whole=not errors)) from found
         errors = errors or dict.fromkeys(range(count), found)
         table.errors[name] = len(errors)
         for row in sorted(errors):
             if self._once(name, _kind(errors[row])):
-                told = self._message(name, {row: errors[row]}, samples, whole=len(errors) == count)
+                told = self._message(name, {row: errors[row]}, samples, context, whole=len(errors) == count)
                 done = "has value 0" if self.on_error == "zero" else "does not apply"
                 logger.warning("%s It %s %s; more of this kind are not told.", told, done, self._where)
         values[list(errors)] = ON_ERROR[self.on_error]
@@ -256,7 +256,15 @@ class RewardSet:
             for call in calls:
                 call.cancel()
 
-    def _message(self, name: str, errors: Mapping[int, Exception], samples: Sequence[Sample], *, whole: bool) -> str:
+    def _message(
+        self,
+        name: str,
+        errors: Mapping[int, Exception],
+        samples: Sequence[Sample],
+        context: Mapping[str, Any],
+        *,
+        whole: bool,
+    ) -> str:
         row = min(errors)
         error = errors[row]
         reason = str(error)
@@ -264,7 +272,7 @@ class RewardSet:
             reason = f"{type(error).__name__}: {reason} {place_of(error)}".strip()
         if isinstance(error, DataError):  # it counts the rows of its call
             reason = re.sub(r"^row \d+: ", "", reason)
-        place = _place(samples[row], row)
+        place = _place(samples[row], row, context.get("mode"))
         if whole and len(samples) > 1:
             place = f"{len(samples)} rows together, the first {place}"
         elif len(errors) > 1:

@@ -7,23 +7,23 @@ Deliberately not here: judges that compare two answers, and servers that generat
 from __future__ import annotations
 
 import base64
-import http.client
+import difflib
+import inspect
 import io
 import json
 import math
 import os
 import re
 import string
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from shared.errors import UserError
+from shared.http import JsonClient, ServerError
+from shared.rewards import background
 from shared.rewards.base import RowErrors, text_of
+from shared.secrets import is_secret
 
 PROMPT = """Rate how good the answer to the request is: correct, helpful, and in the form that was asked for.
 
@@ -34,8 +34,10 @@ Answer:
 {completion}
 
 Give a number from {low} (worst) to {high} (best). End with a line that holds nothing but that number."""
-NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)")
-LONGEST_WAIT = 60.0  # seconds between two attempts, whatever a server asks for
+PATH = "/v1/chat/completions"
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+NUMBER = r"(?<![\w.,–—-])(-?(?:\d+(?:\.\d+)?|\.\d+))(?![.,]?\d|\s*%|\s*[-–—]\s*\d)"
+OTHER_SCALE = r"(?!\s*(?:/|out\s+of)\s*\d)"
 
 
 class JudgeError(UserError):
@@ -45,8 +47,9 @@ class JudgeError(UserError):
 class EndpointJudge:
     """Scores answers by a language or vision-language model behind `/v1/chat/completions`.
 
-    The last number of its reply is the score, brought to 0 … 1. Of `7/10` or `7 out of 10` it is the 7, where 10 is
-    the best score. Images of a prompt, and an answer that is an image, are sent along.
+    Its score is brought to 0 … 1. It is the number in the last line of the reply, if nothing else stands there; or
+    what `Score: 7`, `7/10` or another line of its own says; or the only number. A reply with several numbers that says
+    no more of them has no score. Images of a prompt, and an answer that is an image, are sent along.
 
     Args:
         base_url: of the server, with or without `/v1`.
@@ -88,29 +91,28 @@ class EndpointJudge:
         api_key_env: str | None = None,
         **options: Any,
     ):
-        address = urllib.parse.urlsplit(base_url)
-        if address.scheme not in ("http", "https") or not address.netloc:
-            raise UserError(f"The judge's address is {base_url!r}: give a URL that begins with http:// or https://.")
+        _check_options(options)
+        _check_numbers(low, high, timeout, retries, backoff, max_concurrency)
         if not model:
             raise UserError("The judge has no model: give its name at the server.")
-        if not low < high:
-            raise UserError(f"The judge's worst score is {low} and its best {high}: low must be less than high.")
-        limits = {"retries": (retries, 0), "backoff": (backoff, 0), "max_concurrency": (max_concurrency, 1)}
-        for name, (value, least) in limits.items():
-            if value < least:
-                raise UserError(f"The judge's {name} is {value}: it must be at least {least}.")
-        if not timeout > 0:
-            raise UserError(f"The judge's timeout is {timeout} seconds: it must be more than 0.")
+        if api_key_env is not None and not VARIABLE.fullmatch(api_key_env):
+            raise UserError("The judge's api_key_env is no name: give that of the environment variable with the key.")
         if api_key_env is not None and not os.environ.get(api_key_env):
             raise UserError(
                 f"The judge's key is to come from the environment variable {api_key_env}, which is not set."
             )
-        root = base_url.rstrip("/")
-        self.url = f"{root if root.endswith('/v1') else f'{root}/v1'}/chat/completions"
+        self._client = JsonClient(
+            base_url,
+            api_key=os.environ[api_key_env] if api_key_env else None,
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+            repeat_slow=True,
+        )
         self.__name__ = f"judge_{model.rsplit('/', 1)[-1]}"
         self.model, self.prompt, self.low, self.high, self.options = model, prompt, low, high, options
         self.fields = _fields(prompt)
-        self.timeout, self.retries, self.backoff = timeout, retries, backoff
+        self.url = self._client.url + PATH
         self.max_concurrency, self.api_key_env = max_concurrency, api_key_env
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -133,22 +135,22 @@ class EndpointJudge:
             )
         values: list[float | None] = [None] * len(completions)
         errors: dict[int, Exception] = {}
+        stop = background.stop_of_call()
 
         def judge(at: int) -> None:
             row = {name: values[at] for name, values in columns.items() if isinstance(values, (list, tuple))}
             try:
-                values[at] = self._score(self._ask(prompts[at], completions[at], row))
+                values[at] = self._score(*self._ask(prompts[at], completions[at], row, stop))
             except UserError as error:
                 errors[at] = error
 
-        with ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="judge") as pool:
-            list(pool.map(judge, range(len(values))))
+        background.for_each(judge, len(values), self.max_concurrency)
         if errors:
             raise RowErrors(values, errors)
         return values
 
-    def _ask(self, prompt: Any, completion: Any, row: Mapping[str, Any]) -> str:
-        """What the judge replies."""
+    def _ask(self, prompt: Any, completion: Any, row: Mapping[str, Any], stop: threading.Event) -> tuple[str, bool]:
+        """What the judge replies, and whether that was cut off."""
         images = [*_images(prompt, row), *([completion] if _is_image(completion) else [])]
         said = "(the image)" if _is_image(completion) else text_of(completion)
         filled = {**row, "prompt": _request(prompt), "completion": said, "low": self.low, "high": self.high}
@@ -161,62 +163,105 @@ class EndpointJudge:
             "messages": [{"role": "user", "content": content}],
             **{"temperature": 0, **self.options},
         }
-        reply = self._send(json.dumps(body).encode())
         try:
-            return json.loads(reply)["choices"][0]["message"]["content"] or ""
-        except (ValueError, LookupError, TypeError) as error:
-            raise JudgeError(f"{self.url} sent {reply[:200]!r}, which is no chat completion") from error
+            reply = self._client.post(PATH, body, stop=stop)
+        except ServerError as error:
+            raise JudgeError(str(error)) from error
+        try:
+            choice = reply["choices"][0]
+            return choice["message"]["content"] or "", choice.get("finish_reason") == "length"
+        except (LookupError, TypeError, AttributeError) as error:
+            said = json.dumps(reply)[:200]
+            raise JudgeError(f"{self.url} sent {said}, which is no chat completion") from error
 
-    def _send(self, body: bytes) -> bytes:
-        for attempt in range(self.retries + 1):
-            request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-            if self.api_key_env is not None:  # not to be sent on where the server redirects to
-                request.add_unredirected_header("Authorization", f"Bearer {os.environ[self.api_key_env]}")
-            wait = self.backoff * 2**attempt
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return response.read()
-            except urllib.error.HTTPError as error:
-                problem = f"answered {error.code}: {error.read()[:200].decode(errors='replace').strip()!r}"
-                if error.code != 429 and error.code < 500:
-                    raise JudgeError(f"{self.url} {problem}") from error
-                wait = max(wait, _seconds(error.headers.get("Retry-After")))
-            except TimeoutError:
-                problem = f"was silent for {self.timeout:g} s"
-            except urllib.error.URLError as error:
-                silent = isinstance(error.reason, TimeoutError)
-                problem = f"was silent for {self.timeout:g} s" if silent else f"cannot be reached ({error.reason})"
-            except (OSError, http.client.HTTPException) as error:
-                problem = f"broke off ({type(error).__name__}: {error})"
-            if attempt < self.retries:
-                time.sleep(min(wait, LONGEST_WAIT))
-        tries = "once" if self.retries == 0 else f"{self.retries + 1} times"
-        raise JudgeError(f"{self.url} {problem}; it was asked {tries}")
-
-    def _score(self, reply: str) -> float:
-        best = rf"\s*(?:/|out of|of)\s*{self.high:g}(?![\d.]*\d)"
-        numbers = NUMBER.findall(re.sub(rf"(?<=\d){best}", "", reply))
-        if not numbers:
-            raise JudgeError(f"the judge gave no number, but {reply[:200]!r}")
-        score = float(numbers[-1])
+    def _score(self, reply: str, cut: bool = False) -> float:
+        score = score_in(reply, self.low, self.high, cut=cut)
         if not self.low <= score <= self.high:
             raise JudgeError(
-                f"the judge gave {score:g}, which is not within {self.low:g} and {self.high:g}: {reply[:200]!r}"
+                f"the judge gave {score:g}, which is not within {self.low:g} and {self.high:g}: {reply[-200:]!r}"
             )
         return (score - self.low) / (self.high - self.low)
 
 
+def score_in(reply: str, low: float, high: float, *, cut: bool = False) -> float:
+    """The score that a judge's reply says.
+
+    Args:
+        reply: what it wrote.
+        low, high: the worst and the best score, as it was told them.
+        cut: the reply was cut off at its greatest length: only a line with nothing but a number counts.
+
+    Raises:
+        JudgeError: it says none, or several.
+    """
+    worst, best = (re.escape(f"{value:g}") + r"(?:\.0+)?(?![.,]?\d)" for value in (low, high))
+    text = re.sub(r"[*_`$#]|\\boxed|[{}]", "", reply)
+    text = re.sub(rf"(?<![\w.,]){worst}(?:\s*\([^)]*\))?\s*(?:to|and|through|[-–—])\s*{best}", "", text)  # the scale
+    of_best = rf"\W*(?:/|\bout\s+of\b|\bof\b)\W*{best}"
+    whole = re.sub(of_best, "", text)
+    lines = [re.fullmatch(rf"\W*?{NUMBER}\W*", line) for line in whole.splitlines() if line.strip()]
+    if lines and lines[-1] and not cut:
+        return float(lines[-1][1])
+    said = [
+        re.findall(rf"(?:score|rating)(?:\s+(?:is|of))?[^\w-]*?{NUMBER}{OTHER_SCALE}", whole, re.IGNORECASE),
+        re.findall(rf"{NUMBER}{of_best}", text),
+    ]
+    alone = [line[1] for line in lines if line]
+    for found in [alone] if cut else [*said, alone, re.findall(NUMBER, whole)]:
+        if values := {float(number) for number in found}:
+            if len(values) > 1:
+                raise JudgeError(f"the judge gave several numbers: {reply[-200:]!r}")
+            return values.pop()
+    if cut:
+        raise JudgeError(f"the judge was cut off before its score (raise max_tokens): {reply[-200:]!r}")
+    raise JudgeError(f"the judge gave no number, but {reply[-200:]!r}")
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    own = [name for name in inspect.signature(EndpointJudge).parameters if name != "options"]
+    for name in options:
+        if is_secret(name):
+            raise UserError(
+                f"The judge was given {name}, which would be written down: put the key into an environment variable, "
+                "and give its name as api_key_env."
+            )
+        if close := difflib.get_close_matches(name, own, n=1, cutoff=0.7):
+            raise UserError(f"The judge takes no {name}. Did you mean {close[0]}?")
+
+
+def _check_numbers(
+    low: float, high: float, timeout: float, retries: int, backoff: float, max_concurrency: int
+) -> None:
+    numbers = {"low": low, "high": high, "timeout": timeout, "backoff": backoff}
+    for name, value in {**numbers, "retries": retries, "max_concurrency": max_concurrency}.items():
+        kinds = (int, float) if name in numbers else int
+        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            raise UserError(f"The judge's {name} is {value!r}: give a {'' if name in numbers else 'whole '}number.")
+    if not low < high:
+        raise UserError(f"The judge's worst score is {low} and its best {high}: low must be less than high.")
+    for name, value, least in (
+        ("retries", retries, 0),
+        ("backoff", backoff, 0),
+        ("max_concurrency", max_concurrency, 1),
+    ):
+        if value < least:
+            raise UserError(f"The judge's {name} is {value}: it must be at least {least}.")
+    if not timeout > 0:
+        raise UserError(f"The judge's timeout is {timeout} seconds: it must be more than 0.")
+
+
 def _fields(template: str) -> set[str]:
     try:
-        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise UserError(f"The judge's prompt cannot be filled in ({error}): double a brace that is meant.") from error
-    odd = [name for name in names if not name.isidentifier()]
-    if odd:
-        raise UserError(
-            f"The judge's prompt has {{{odd[0]}}}, which is no column's name: double a brace that is meant."
-        )
-    return names
+    for name, form, conversion in parts:
+        if form or conversion or not name.isidentifier():
+            field = name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            raise UserError(
+                f"The judge's prompt has {{{field}}}, which is no column's name: double a brace that is meant."
+            )
+    return {name for name, _, _ in parts}
 
 
 def _request(prompt: Any) -> str:
@@ -245,11 +290,3 @@ def _data_url(image: Any) -> str:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _seconds(retry_after: str | None) -> float:
-    try:
-        seconds = float(retry_after or 0)
-    except ValueError:  # a date: the own wait does
-        return 0.0
-    return seconds if math.isfinite(seconds) else 0.0

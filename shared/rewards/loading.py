@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from shared.builtin import is_builtin, model_path
 from shared.errors import UserError
 from shared.rewards import rules
 from shared.rewards.base import FunctionReward, Reward
+from shared.rewards.places import place_of
 
 # Name -> function, or what makes one from arguments (`get_...`).
 REWARDS: dict[str, Callable[..., Any]] = {
@@ -113,6 +115,10 @@ def _plan_named(spec: str, processing_class: Any, device: Any) -> Callable[[], R
             return partial(_of_classifier, *_model_and_label(spec, prefix), processing_class, device)
     if spec.startswith(JUDGE):
         return partial(FunctionReward, _judge(spec))
+    if spec in ("", ".", ".."):
+        raise UserError(f"The reward {spec!r} names nothing: give a name such as accuracy_reward.")
+    if dotted := _dotted(spec):
+        raise UserError(f"reward {spec!r} is a file: name a function in it by its dotted path, {dotted}.")
     if not Path(spec).is_dir():
         if spec.rstrip().endswith(")") and "(" in spec:
             return _called(spec)
@@ -120,6 +126,14 @@ def _plan_named(spec: str, processing_class: Any, device: Any) -> Callable[[], R
             return partial(_of_callable, _imported(spec))
     _check_model(spec)
     return partial(_of_named_model, spec, processing_class, device)
+
+
+def _dotted(spec: str) -> str | None:
+    """How a function is named where a file is: `my_rewards.py`, `my_rewards.py:f`, `my_rewards:f`; None: not so."""
+    found = re.fullmatch(r"(?:\./)?([\w/]+)(\.py)?(?::(\w+))?", spec)
+    if found is None or not (found[2] or found[3]) or (found[3] and not found[2] and "/" in found[1]):
+        return None
+    return f"{found[1].replace('/', '.')}.{found[3] or 'FUNCTION'}"
 
 
 def _of_callable(function: Any) -> Reward:
@@ -210,6 +224,8 @@ def _judge(spec: str) -> Any:
         if not given or not name.strip().isidentifier():
             raise UserError(f"reward {spec!r}: {part!r} is no name=value.")
         options[name.strip()] = _literal(value.strip())
+    if taken := {"base_url", "model"} & options.keys():
+        raise UserError(f"reward {JUDGE}URL|MODEL: {min(taken)} is given twice.")
     return EndpointJudge(url, rest[0], **options)
 
 
@@ -264,11 +280,16 @@ def _imported(path: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), name)
-    except ImportError as error:
+        holder = importlib.import_module(module)
+    except ModuleNotFoundError as error:
         raise UserError(f"reward {path!r}: {error}. Give the dotted path of a function.") from error
-    except AttributeError as error:
-        raise UserError(f"reward {path!r}: the module {module} has no {name}.") from error
+    except Exception as error:  # a user's module may raise anything
+        said = error.msg if isinstance(error, SyntaxError) else error
+        told = f"{type(error).__name__}: {said} {place_of(error)}".strip()
+        raise UserError(f"reward {path!r}: the module {module} cannot be imported: {told}.") from error
+    if not hasattr(holder, name):
+        raise UserError(f"reward {path!r}: the module {module} has no {name}.")
+    found = getattr(holder, name)
     if not callable(found):
         raise UserError(f"reward {path!r} is {type(found).__name__}, which cannot be called: name a function.")
     return found

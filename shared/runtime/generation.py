@@ -23,7 +23,7 @@ from shared.runtime.generation_cache import UnknownCache
 from shared.runtime.generation_check import disagreement
 from shared.runtime.generation_loop import Decoder, Passes, rows_of, split_extras, trimmed
 from shared.runtime.generation_sampling import Drawer, Sampling, StopStrings
-from shared.runtime.generation_sharded import largest, sharded, whole_weights
+from shared.runtime.generation_sharded import largest, several_processes, sharded, whole_weights
 from shared.runtime.generation_whole import generate_rows
 
 __all__ = ["Completions", "Generator", "InProcessGenerator", "Sampling", "greedy_answers"]
@@ -71,8 +71,9 @@ class InProcessGenerator:
     """Generates with the model that is trained, as it is at the moment.
 
     The first use of a model compares a few tokens with `model.generate`; a model that disagrees, takes no cache or
-    keeps one of an unknown kind is run by `generate` from then on, with one warning and without log-probabilities. The
-    comparison is left out where weights are sharded, since it would have to go alike on every process.
+    keeps one of an unknown kind is run by `generate` from then on, with one warning and without log-probabilities. Of
+    several processes, which have to come here alike, all do so where one has to. The comparison is left out where each
+    pass gathers sharded weights, since it would have to go alike on every process.
 
     Args:
         tokenizer: decodes for stop strings; its end-of-sequence token ends a completion, besides those of the model.
@@ -126,7 +127,8 @@ class InProcessGenerator:
             random: of the draws; None: torch's own for the CPU.
 
         Raises:
-            UserError: prompt and completion together are longer than the model's positions.
+            UserError: prompt and completion together are longer than the model's positions, or its logits are not
+                numbers.
             ValueError: the model is in training mode.
         """
         if model.training:
@@ -211,7 +213,10 @@ class InProcessGenerator:
     def _is_able(self, model: nn.Module, inner: nn.Module, inputs: dict[str, Any], together: bool) -> bool:
         if inner not in self._able:
             self._able[inner] = True
-            if (reason := self._obstacle(model, inner, inputs, together)) is not None:
+            reason = self._obstacle(model, inner, inputs, together)
+            if several_processes() and largest(int(reason is not None), inner.device) and reason is None:
+                reason = "so says another process"
+            if reason is not None:
                 self._give_up(inner, reason)
         return self._able[inner]
 
@@ -225,7 +230,7 @@ class InProcessGenerator:
             return None
         try:
             return disagreement(model, passes, inputs)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UserError):
             raise
         except (UnknownCache, *_MODEL_CANNOT) as error:
             return f"{type(error).__name__}: {error}"
@@ -301,7 +306,7 @@ def _check_length(inner: nn.Module, inputs: dict[str, Any], sampling: Sampling) 
     if limit and prompt + sampling.max_new_tokens > limit:
         raise UserError(
             f"A prompt of {prompt} tokens and {sampling.max_new_tokens} new ones are more than the {limit} positions "
-            "of the model. Use shorter prompts or a smaller max_new_tokens."
+            "of the model: lower max_prompt_length or max_completion_length, or leave such prompts out."
         )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from shared.runtime.generation_loop import Passes, rows_of, split_extras, trimmed
+from shared.errors import UserError
+from shared.runtime.generation_loop import DIVERGED, Passes, rows_of, split_extras, trimmed
 
 _TOKENS = 4
 _PROMPT = 64  # tokens of a prompt
@@ -23,6 +24,9 @@ def disagreement(model: nn.Module, passes: Passes, inputs: dict[str, Any]) -> st
         model: what generates.
         passes: of the same model.
         inputs: left-padded prompts `(P, L)` and extras, on its device; what is run of them is short.
+
+    Raises:
+        UserError: the logits of `generate` are not numbers.
     """
     sample = trimmed(_sample(inputs))
     out = model.generate(
@@ -51,12 +55,21 @@ def disagreement(model: nn.Module, passes: Passes, inputs: dict[str, Any]) -> st
         expected.append(out.logits[at][rows])
         if at == 1:  # then without the first prompt's first row
             rows, past = rows[1:], past.select(torch.arange(1, len(rows), device=rows.device))
-    apart = torch.cat([(a.float() - b.float()).flatten() for a, b in zip(figures, expected, strict=True)]).abs()
+    if any(bool(each.isnan().any()) for each in expected):
+        raise UserError(DIVERGED)
+    if any(bool(each.isnan().any()) for each in figures):
+        return "its logits are not numbers then"
+    apart = torch.cat([_apart(a.float(), b.float()) for a, b in zip(figures, expected, strict=True)])
     half = logits.dtype != torch.float32 or torch.is_autocast_enabled(logits.device.type)
-    scale = max(1.0, max(each.abs().max().item() for each in expected))
+    scale = max(1.0, max(each[each.isfinite()].abs().max().item() for each in expected))
     # Rounding shifts single logits by more in half precision than a real error shifts the mean.
     worst, bound = (apart.mean().item(), 0.02 * scale) if half else (apart.max().item(), 1e-4 * scale)
     return None if worst <= bound else f"its logits differ by {worst:.2g}"
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """How far numbers are apart; equal infinities are not."""
+    return torch.where(one == other, 0.0, one - other).abs().flatten()
 
 
 def _sample(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.errors import UserError
 from shared.runtime.generation_cache import expanded, is_full, select
 from shared.runtime.generation_sampling import Drawer, StopStrings, lengths_by_ends
 
 # Cutting rows out copies the cache of those that stay: a finished row rides along until there are so many of them.
 _SHARE = 0.25
+DIVERGED = (
+    "The model's logits are not numbers (NaN): it has diverged, or its weights are broken. Go on from an earlier "
+    "checkpoint with a lower learning_rate or max_grad_norm; float16 weights may need bfloat16."
+)
 # Tokens between looks at what has finished, where a look makes the device wait or text is decoded.
 _EVERY = 4
 
@@ -168,6 +173,9 @@ class Decoder:
         Returns:
             Tokens `(B, S)`, their log-probabilities, the rows' lengths `(B,)` and whether they finished, all on the
             CPU; S <= T tokens were drawn.
+
+        Raises:
+            UserError: the model's logits are not numbers.
         """
         rows, most = uniforms.shape
         group = rows // len(logits)
@@ -195,7 +203,10 @@ class Decoder:
             current, logp = (each[:, 0] for each in self.drawer.draw(logits, uniforms[:, at : at + 1], seen))
             record.write(at, current, logp)
             written = at + 1
-        return record.results(written)
+        made = record.results(written)
+        if bool(made[1].isnan().any()):
+            raise UserError(DIVERGED)
+        return made
 
 
 class _Record:
@@ -208,6 +219,7 @@ class _Record:
         self._stopped = torch.full((rows,), most + 1, device=current.device)
         self.index = torch.arange(rows, device=current.device)
         self.done = torch.zeros(rows, dtype=torch.bool, device=current.device)
+        self._seen = torch.zeros(rows, dtype=torch.bool, device=current.device)  # done when last looked at
         self.write(0, current, logp)
 
     def write(self, at: int, current: Tensor, logp: Tensor) -> None:
@@ -218,12 +230,13 @@ class _Record:
 
     def count_finished(self, written: int) -> int:
         if self._stops:
-            open_rows = self.index[~self.done]
-            ends = self._stops.ends(self._tokens[open_rows, :written], self._checked)
+            # a row that an end token has ended since may have completed a stop string before
+            new = self.index[~self._seen]
+            ends = self._stops.ends(self._tokens[new, :written], self._checked)
             lengths = [self._tokens.shape[1] + 1 if end is None else end for end in ends]
-            self._stopped[open_rows] = torch.tensor(lengths, dtype=torch.long, device=open_rows.device)
+            self._stopped[new] = torch.tensor(lengths, dtype=torch.long, device=new.device)
             self.done |= self._stopped[self.index] <= written
-            self._checked = written
+            self._seen, self._checked = self.done.clone(), written
         return int(self.done.sum())
 
     def staying(self, one_at_least: bool) -> Tensor | None:
@@ -233,7 +246,7 @@ class _Record:
             stay = torch.zeros(1, dtype=torch.long, device=stay.device)
         if len(stay) == len(self.index):
             return None
-        self.index, self.done = self.index[stay], self.done[stay]
+        self.index, self.done, self._seen = self.index[stay], self.done[stay], self._seen[stay]
         return stay
 
     def results(self, written: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

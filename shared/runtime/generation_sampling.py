@@ -146,12 +146,13 @@ def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     blocks = torch.nn.functional.pad(weights, (0, -size % _BLOCK)).view(rows, -1, _BLOCK)
     before = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     target = uniforms * before[:, -1:]
-    block = torch.searchsorted(before, target, right=True)
+    # weights that are no numbers have no place: the last block, rather than one that is not there
+    block = torch.searchsorted(before, target, right=True).clamp_(max=blocks.shape[1] - 1)
     target = target - torch.nn.functional.pad(before, (1, 0)).gather(1, block)
     within = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK)).cumsum(-1, dtype=torch.float64)
     # the two ways to sum a block can differ in the last digit
     target = torch.minimum(target[..., None], within[..., -1:] * (1 - 1e-15))
-    return block * _BLOCK + torch.searchsorted(within, target, right=True).squeeze(-1)
+    return (block * _BLOCK + torch.searchsorted(within, target, right=True).squeeze(-1)).clamp_(max=size - 1)
 
 
 def lengths_by_ends(tokens: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,11 +16,16 @@ from torch import nn
 from shared.runtime.fsdp import reshard
 
 
-def sharded(model: nn.Module) -> bool:
-    """Whether a forward pass of the model gathers parameters from other processes."""
+def several_processes() -> bool:
+    """Whether this process is one of several that work together."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
-    if torch.distributed.get_world_size() == 1:
+    return torch.distributed.get_world_size() > 1
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether a forward pass of the model gathers parameters from other processes."""
+    if not several_processes():
         return False
     return _by_deepspeed(model) or any(
         type(module).__name__.startswith(("FSDP", "FullySharded")) for module in model.modules()

@@ -68,6 +68,7 @@ class SampleRow:
         answer: the reference answer; empty if there is none, then nothing is marked right or wrong.
         before, after: the model's answer before and after training; None where it was not asked.
         columns: further columns, e.g. `kind` or the parts of a reward.
+        verbatim: whether an answer that is not the reference word for word is marked as wrong.
     """
 
     images: list[Image]
@@ -76,6 +77,7 @@ class SampleRow:
     before: str | None = None
     after: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    verbatim: bool = True
 
 
 class RunReport:

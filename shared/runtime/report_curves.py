@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from shared.runtime.report_text import as_number, format_metric, is_duration, is_share, readable
+from shared.runtime.report_text import REWARD_PART, as_number, format_metric, is_duration, is_share, readable
 
 Curves = dict[str, dict[str, list]]  # metric -> {"step": [...], "value": [...]}
 
@@ -57,6 +57,19 @@ def curves_from_log(log_history: Sequence[Mapping]) -> Curves:
 def last_step(curves: Curves) -> int | None:
     """The last step that any curve knows."""
     return max((curve["step"][-1] for curve in curves.values() if curve["step"]), default=None)
+
+
+def worth_drawing(curves: Curves) -> list[str]:
+    """The metrics without the parts of a reward that are drawn as the whole: those of one that is alone."""
+    return [metric for metric in curves if curves[metric] != curves.get(_whole(metric))]
+
+
+def _whole(metric: str) -> str | None:
+    """`eval_reward` of `eval_rewards/NAME/mean`, `reward_std` of `rewards/NAME/std`; None of what is no part."""
+    found = REWARD_PART.match(metric)
+    if found is None:
+        return None
+    return ("eval_" if metric.startswith("eval_") else "") + ("reward" if metric.endswith("/mean") else "reward_std")
 
 
 def group_metrics(metrics: Sequence[str]) -> dict[str, list[str]]:

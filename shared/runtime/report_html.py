@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from shared.runtime.report_curves import chart, group_metrics, last_step, unit_of
+from shared.runtime.report_curves import chart, group_metrics, last_step, unit_of, worth_drawing
 from shared.runtime.report_rollouts import ROLLOUT_STYLE, rollouts_section
 from shared.runtime.report_samples import samples_section
 from shared.runtime.report_text import (
@@ -191,7 +191,7 @@ def _bar(what: str, before: Mapping[str, float], after: Mapping[str, float]) -> 
 def _curves(curves: Mapping[str, Any], units: Mapping[str, str]) -> str:
     charts = "".join(
         chart(title, dict(curves), metrics, units.get(title) or unit_of(title))
-        for title, metrics in group_metrics(list(curves)).items()
+        for title, metrics in group_metrics(worth_drawing(curves)).items()
     )
     return f'<section><h2>Curves</h2><div class="charts">{charts}</div></section>' if charts else ""
 

@@ -42,7 +42,7 @@ def _table(table: RolloutTable, *, unfolded: bool) -> str:
     groups, parts = table.groups(), table.parts
     facts = [f"{_count(len(table.rows), 'completion')} of {_count(len(groups), 'prompt')}"]
     if table.mean_reward is not None:
-        facts.insert(0, f"mean reward {format_number(table.mean_reward)}")
+        facts.insert(0, f"mean reward of those shown {format_number(table.mean_reward)}")
     body = "".join(_prompt(rows, parts, table.extras) for rows in groups[:PROMPTS_SHOWN])
     return (
         f'<details class="card rollouts"{" open" if unfolded else ""}><summary>Step {table.step:,} '

@@ -25,14 +25,16 @@ def samples_section(samples: Sequence[SampleRow]) -> str:
     if not samples:
         return ""
     extra = list(dict.fromkeys(name for row in samples for name in row.columns))
-    fixed = ["question", "reference", "before", "after"]
+    fixed = ["question", *(["reference"] if any(row.answer.strip() for row in samples) else []), "before", "after"]
     names = (["image"] if any(row.images for row in samples) else []) + fixed
     head = "".join(f'<th scope="col">{escape(readable(name))}</th>' for name in [*names, *extra])
     body = []
     for row in samples:
         cells = [f"<td>{pictures_html(row.images)}</td>"] if "image" in names else []
-        cells += [cell("question", row.question), cell("reference", row.answer)]
-        cells += [_answer_cell("before", row.before, row.answer), _answer_cell("after", row.after, row.answer)]
+        cells.append(cell("question", row.question))
+        if "reference" in names:
+            cells.append(cell("reference", row.answer))
+        cells += [_answer_cell(name, given, row) for name, given in (("before", row.before), ("after", row.after))]
         cells += [cell(readable(name), _worded(row.columns.get(name, ""))) for name in extra]
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
@@ -59,14 +61,14 @@ def text_html(text: str) -> str:
     return escape(text) if more <= 0 else f"{escape(text[:LONGEST_TEXT])}… ({more:,} more characters in report.json)"
 
 
-def _answer_cell(name: str, given: str | None, reference: str) -> str:
+def _answer_cell(name: str, given: str | None, row: SampleRow) -> str:
     if given is None:
         return cell(name, "–")
     text = given if given.strip() else "(empty)"
-    if not reference.strip():
-        return cell(name, text)
-    if answers_match(given, reference):
+    if row.answer.strip() and answers_match(given, row.answer):
         return cell(name, text, glyph="✓", looks="right")
+    if not row.answer.strip() or not row.verbatim:
+        return cell(name, text)
     return cell(name, text, glyph="✗", looks="wrong")
 
 

@@ -15,7 +15,7 @@ SHARE_WORDS = frozenset({"accuracy", "accuracies", "win"})
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "error"})
 HIGHER_IS_BETTER = SHARE_WORDS | {"reward", "rewards", "pass"}
 SPREAD_WORDS = frozenset({"std", "frac"})  # of a reward: neither way is better
-SHARE_NAMES = re.compile(r"(?:^|[_/])(?:pass@(?:\d+|k)|frac|clip(?:ped)?_ratio)(?=$|[_/])")
+SHARE_NAMES = re.compile(r"(?:^|[_/])(?:pass@(?:\d+|k)|exact_match(?:_reward)?|frac|clip(?:ped)?_ratio)(?=$|[_/])")
 REWARD_PART = re.compile(r"^(?:eval_)?rewards/.+/(?:mean|std)$")  # in the reward's own unit, whatever it is called
 
 

@@ -55,7 +55,7 @@ class RolloutRow:
 
 @dataclass
 class RolloutTable:
-    """What was sampled at `step`."""
+    """What was sampled for `step`, the first that learns from it."""
 
     step: int
     rows: list[RolloutRow] = field(default_factory=list)
@@ -203,7 +203,9 @@ def rollout_text(table: RolloutTable, width: int = 100) -> str:
         steer the terminal.
     """
     mean = table.mean_reward
-    title = f"Rollouts at step {table.step:,}" + ("" if mean is None else f" (mean reward {format_number(mean)})")
+    title = f"Rollouts at step {table.step:,}" + (
+        "" if mean is None else f" (mean reward of those shown {format_number(mean)})"
+    )
     figures = [len("advantage"), WIDEST_FIGURE, len("tokens"), len("ended")]
     room = width - 2 - sum(size + 2 for size in figures) - LEAST_COMPLETION
     names, sizes = table.parts, []

@@ -32,7 +32,9 @@ def _entry(option: Option, width: int) -> str:
     head = f"  --{option.name}" + (f" {_type(option)}" if _type(option) else "") + default
     lines = [head]
     values = choices((*option.kinds, *option.element_kinds))
-    text = option.help if not values else f"{option.help} One of: {', '.join(map(str, values))}."
+    text = option.help.replace("%%", "%")  # as transformers writes it, for argparse
+    if values:
+        text += f" One of: {', '.join(map(str, values))}."
     # Names and paths stay whole: a broken one could not be copied.
     lines += textwrap.wrap(text, width - len(INDENT), break_long_words=False, break_on_hyphens=False)
     return f"\n{INDENT}".join(lines)

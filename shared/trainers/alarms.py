@@ -72,8 +72,8 @@ class AlarmLimits:
 class Alarms:
     """Watches the figures of an online run. Each kind is told once, and again only after it had cleared.
 
-    A figure that is missing from a log, or not finite, says nothing about its kind; but for the loss and an infinite
-    KL, which are alarming.
+    A figure that is missing from a log, or not finite, says nothing about its kind; but for the loss, an infinite KL
+    and a reward that is NaN, which are alarming.
 
     Args:
         limits: when an alarm is told; the defaults suit runs on tokens with a mean KL per token.
@@ -112,6 +112,7 @@ class Alarms:
             self._judge_clipped(known.get(CLIPPED)),
             self._judge_kl(found.get(KL)),
             self._judge_spread(known.get(SPREADLESS), known.get(REWARD)),
+            self._judge_reward(found.get(REWARD)),
         ]
         return [f"Step {step:,}: {text}" for text in texts if text]
 
@@ -227,6 +228,14 @@ class Alarms:
         return (
             f"KL blow-up: {format_number(kl)} nats from the reference, {size}. The policy runs away from what it was: "
             "raise beta, lower the learning rate, or look at the newest rollouts for a reward that is being gamed."
+        )
+
+    def _judge_reward(self, reward: float | None) -> str | None:
+        if reward is None or not self._new("reward", math.isnan(reward)):
+            return None
+        return (
+            "no reward: none applies to any completion, so that nothing is learnt. See what the reward functions "
+            "return for the newest rollouts; None and NaN say that a reward does not apply."
         )
 
     def _judge_spread(self, share: float | None, reward: float | None) -> str | None:

@@ -36,7 +36,7 @@ from shared.trainers.alarms import Alarms
 from shared.trainers.answers import evenly_spaced
 from shared.trainers.base import AlignTrainer
 from shared.trainers.keeping import preserved_randomness
-from shared.trainers.online_evaluation import answered, evaluated, printed, sample_table
+from shared.trainers.online_evaluation import answered, evaluated, keep_samples, print_samples
 from shared.trainers.online_loop import Steps, Stream
 from shared.trainers.online_state import Place, load_state, save_state
 from shared.trainers.readying import evaluated_model
@@ -210,7 +210,7 @@ class OnlineTrainer(AlignTrainer):
         figures = self.finish_round(rollout)
         for name, value in figures.items():
             self._noted[name].append(value)
-        self._keep_samples(rollout)
+        keep_samples(self, rollout)
         return rollout
 
     def _sampled(self, indices: list[int], group_size: int | None = None) -> Rollout:
@@ -338,18 +338,6 @@ class OnlineTrainer(AlignTrainer):
 
     # ---- Watching --------------------------------------------------------------------------------------------------
 
-    def _keep_samples(self, rollout: Rollout) -> None:
-        """A table for the report, of the first round in every `sample_every` steps."""
-        every, tables = self.args.sample_every, self.report.rollouts
-        if not every or not self.args.should_save or not self._shown(rollout):
-            return
-        if not tables or self.state.global_step // every > tables[-1].step // every:
-            self.report.add_rollouts(sample_table(self, rollout, self._shown(rollout)))
-
-    def _shown(self, rollout: Rollout) -> int:
-        count = self.args.num_completions_to_print
-        return rollout.rows if count is None else count
-
     def _means(self) -> dict[str, float]:
         """Means of the rounds' figures since the last log, over all processes."""
         own = {name: sum(values) / len(values) for name, values in self._noted.items() if values}
@@ -382,8 +370,7 @@ class OnlineTrainer(AlignTrainer):
         super().log(logs, start_time)
         if "loss" in logs:
             if self.args.log_completions and self.args.should_save and self.buffer is not None:
-                if shown := self._shown(self.buffer.rollout):
-                    print(printed(self, self.buffer.rollout, shown), flush=True)
+                print_samples(self, self.buffer.rollout)
             for text in self.alarms.check(self.state.global_step, self.state.log_history[-1]):
                 self.report.notes.append(text)
                 if self.args.should_log:

@@ -117,14 +117,32 @@ def _by_kind(rows: list[dict], values: list[list[float]], names: list[str], weig
 def _sample(trainer: OnlineTrainer, row: dict, text: str, values: list[float]) -> SampleRow:
     images, question = trainer.actor.question(row)
     columns = {name: row[name] for name in ("kind",) if name in row}
-    columns |= {name: f"{value:.2f}" for name, value in zip(trainer.rewards.names, values, strict=True)}
-    return SampleRow(images, question, "", after=text, columns=columns)
+    scored = zip(trainer.rewards.names, values, strict=True)
+    columns |= {f"{name} of the last answer": f"{value:.2f}" for name, value in scored}
+    reference = next((row[name] for name in ("solution", "answer") if isinstance(row.get(name), str)), "")
+    # a completion may say it in many words: that it is not the reference alone is not wrong
+    return SampleRow(images, question, reference, after=text, columns=columns, verbatim=False)
 
 
-def sample_table(trainer: OnlineTrainer, rollout: Rollout, count: int) -> RolloutTable:
-    """The first samples of a rollout, whole groups first, for the report."""
+def keep_samples(trainer: OnlineTrainer, rollout: Rollout) -> None:
+    """A table for the report, of the first round in every `sample_every` steps."""
+    args, every, tables = trainer.args, trainer.args.sample_every, trainer.report.rollouts
+    if not every or not args.should_save or args.num_completions_to_print == 0:
+        return
+    if not tables or trainer.state.global_step // every > (tables[-1].step - 1) // every:
+        trainer.report.add_rollouts(_table(trainer, rollout, trainer.state.global_step))
+
+
+def print_samples(trainer: OnlineTrainer, rollout: Rollout) -> None:
+    """The first samples of a rollout on the terminal."""
+    if trainer.args.num_completions_to_print != 0:
+        print(rollout_text(_table(trainer, rollout, trainer.buffer.born)), flush=True)
+
+
+def _table(trainer: OnlineTrainer, rollout: Rollout, born: int) -> RolloutTable:
+    """A rollout's first samples, at the number of the first step that learns from them."""
     rows = []
-    for at, sample in enumerate(rollout.samples[:count]):
+    for at, sample in enumerate(rollout.samples[: trainer.args.num_completions_to_print]):
         images, prompt, completion = trainer.actor.shown(sample)
         rewards = dict(zip(trainer.rewards.names, rollout.rewards[at].tolist(), strict=True))
         rows.append(
@@ -141,13 +159,8 @@ def sample_table(trainer: OnlineTrainer, rollout: Rollout, count: int) -> Rollou
                 extra={name: _text(values[at]) for name, values in rollout.extras.items()},
             )
         )
-    return RolloutTable(trainer.state.global_step, rows)
+    return RolloutTable(born + 1, rows)
 
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
-
-
-def printed(trainer: OnlineTrainer, rollout: Rollout, count: int) -> str:
-    """The first samples of a rollout for the terminal."""
-    return rollout_text(sample_table(trainer, rollout, count))

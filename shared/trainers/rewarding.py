@@ -89,8 +89,10 @@ def check_best_metric(trainer: OnlineTrainer, args: Any, rewards: Sequence[str],
     known = ["reward", *(f"rewards/{reward}/mean" for reward in rewards), "pass@1", f"pass@{size}"]
     known += ["completions/mean_length", "completions/clipped_ratio"]
     timed = ["runtime", "samples_per_second", "steps_per_second"]
-    sets = [f"{each}_" for each in held_out] if isinstance(held_out, dict) else []
-    if name.removeprefix("eval_") not in {prefix + each for prefix in ("", *sets) for each in (*known, *timed)}:
+    sets = list(held_out) if isinstance(held_out, dict) else []
+    timed += [f"{each}_{metric}" for each in sets for metric in timed]
+    known += [f"{each}_{metric}" for each in sets for metric in known]
+    if name.removeprefix("eval_") not in {*known, *timed}:
         raise UserError(
             f"metric_for_best_model {name}: an evaluation has no such metric; there are: {', '.join(known)}."
         )

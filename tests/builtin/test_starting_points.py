@@ -113,7 +113,7 @@ def test_summaries_leave_room(loaded, processors):
         card = (builtin.model_path(name) / train_lm.CARD).read_text()
         said = float(re.search(rf"\| {what}.*\| ([0-9.]+)", card).group(1))
         assert sum(found) / len(found) == pytest.approx(said, abs=0.12)
-        assert 0.3 <= said <= 0.8
+        assert 0.35 <= said <= 0.65
 
 
 def test_the_script_makes_the_files_that_are_in_the_repository(tmp_path, monkeypatch):

@@ -34,31 +34,16 @@ def test_a_post_is_read_as_it_was_written():
 
 def test_summaries_tell_nothing_wrong_and_facts_are_those_of_the_post(rows):
     for dataset in rows["builtin/tldr"].values():
-        told = [tldr.score(row["prompt"], row["completion"]) for row in dataset.select(range(200))]
-        assert {round(6 * score, 6) for score in told} == {3, 4, 5, 6}
+        told = [tldr.score(row["prompt"], row["completion"]) for row in dataset]
+        assert set(told) == {0.5, 1.0}
+        assert told.count(0.5) / len(told) == pytest.approx(tldr.CARELESS, abs=0.1)
     for dataset in rows["builtin/tldr-prompts"].values():
         assert all(tldr.read(row["prompt"]) == tuple(row["facts"]) for row in dataset.select(range(200)))
 
 
-def test_a_summary_lacks_what_is_left_out_and_nothing_else():
-    place, time, question = tldr.CLAUSES
+def test_summaries_by_hand():
     post = tldr.Post(POST, FACTS)
-    assert post.summary == post.summary_without([]) == RIGHT
-    assert post.summary_without([place]) == "My son hid my cup in March; should I call?"
-    assert post.summary_without([question, time]) == "My son hid my cup at Golden Hill."
-    assert post.summary_without(tldr.CLAUSES) == "My son hid my cup."
-
-
-def test_each_clause_is_left_out_of_its_share_of_the_summaries(rows):
-    for dataset in (rows["builtin/tldr"][split] for split in builtin.SPLITS):
-        told = [tldr.read(row["prompt"])[3:] for row in dataset]
-        said = [
-            (f" at {place}" in text, f" in {time}" in text, f"; should I {advice}?" in text)
-            for text, (place, time, advice) in zip(dataset["completion"], told, strict=True)
-        ]
-        for clause in zip(*said, strict=True):
-            assert 1 - sum(clause) / len(clause) == pytest.approx(tldr.LEFT_OUT, abs=0.1)
-        assert len(set(said)) == 8
+    assert post.summary == RIGHT and post.careless_summary == "My son hid my cup."
 
 
 def test_facts_of_held_out_posts_are_in_no_training_post(rows):

@@ -174,6 +174,14 @@ def test_judges(monkeypatch):
         ("shared.rewards.rules.nothing", "the module shared.rewards.rules has no nothing"),
         ("shared.rewards.rules.PARSING_SECONDS", "is int, which cannot be called"),
         ("./missing/model", "no such folder"),
+        ("", "names nothing"),
+        (".", "names nothing"),
+        ("my_rewards.py", "is a file: name a function in it by its dotted path, my_rewards.FUNCTION"),
+        ("./my_rewards.py", "by its dotted path, my_rewards.FUNCTION"),
+        ("rewards/mine.py:f", "by its dotted path, rewards.mine.f"),
+        ("my_rewards:f", "by its dotted path, my_rewards.f"),
+        ("judge:http://localhost:1|m|model=n", "model is given twice"),
+        ("judge:http://localhost:1|m|timeout=abc", "timeout is 'abc'"),
         ("a/b/c", "no such folder"),
         ("builtin/missing", "no built-in model 'builtin/missing'"),
         ("sentiment-analysis:", "expected sentiment-analysis:MODEL"),
@@ -191,8 +199,36 @@ def test_what_is_no_reward_is_told_before_a_model_loads(spec, words):
         load_rewards(["/no/such/model" if spec == "a/b/c" else "think_format_reward", spec])
 
 
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("x = 1\ndef f(:\n", r"SyntaxError: .* \(broken_rewards_of_test.py, line 2\)"),
+        ("import json\n\njson.nothing\ndef f(): pass", r"AttributeError: .* \(broken_rewards_of_test.py, line 3\)"),
+        ("import json\njson.loads('x')", r"JSONDecodeError: .* \(broken_rewards_of_test.py, line 2\)"),
+        ("from json import nothing", r"ImportError: .* \(broken_rewards_of_test.py, line 1\)"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_told_with_its_line(source, words, tmp_path, monkeypatch):
+    (tmp_path / "broken_rewards_of_test.py").write_text(source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="cannot be imported: " + words):
+        check_reward("broken_rewards_of_test.f")
+
+
 def test_a_module_without_its_tokenizer_is_refused(scored):
+    _, model, _ = scored
     with pytest.raises(UserError, match="has no tokenizer: give it in reward_processing_classes"):
-        load_reward(scored[1])
+        load_reward(type(model)(model.config.__class__(**{**model.config.to_dict(), "_name_or_path": ""})))
     with pytest.raises(UserError, match="is no transformers model"):
         load_reward(torch.nn.Linear(1, 1), processing_class=scored[2])
+
+
+def test_a_loaded_model_brings_the_tokenizer_of_its_folder(scored, tmp_path):
+    folder, model, tokenizer = scored
+    rows = [Sample("Describe", " red"), Sample("Describe", " blue")]
+    alone = type(model).from_pretrained(folder)
+    assert load_reward(alone)(rows, {}).tolist() == load_reward(alone, processing_class=tokenizer)(rows, {}).tolist()
+    alone.config._name_or_path = str(tmp_path / "gone")
+    with pytest.raises(UserError, match="no tokenizer at .*gone, from where .*reward_processing_classes"):
+        load_reward(alone)

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import logging
 import math
 import threading
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from shared.errors import UserError
-from shared.rewards import background, combine, waiting
+from shared.rewards import background, waiting
 from shared.rewards.base import FunctionReward, RowErrors, Sample
 from shared.rewards.combine import RewardSet, unique_names
 
@@ -71,8 +72,8 @@ def test_a_column_that_a_function_needs_must_be_there():
         UserError, match="Reward needs takes 'solution', and the rows have no such column; there are: k"
     ):
         rewards(samples("a", kind=["x"]))
-    with pytest.raises(UserError, match="takes 'solution'"):
-        rewards.check(["kind", "completion_ids"])
+    with pytest.raises(UserError, match="there are: kind. Rename .* Every call has completion_ids, log_extra too"):
+        rewards.check(["kind", "completion_ids", "log_extra"])
     rewards.check(["solution"])
     rows = [Sample("p", "a", {"solution": 1}), Sample("p", "b", {})]  # rows of a mixture
     assert rewards(rows).values.tolist() == [[1.0], [1.0]]
@@ -110,6 +111,10 @@ def huge(completions, **_):
     return [1e39 if completion == "bad" else 1.0 for completion in completions]
 
 
+def larger_still(completions, **_):
+    return [10**400 if completion == "bad" else 1.0 for completion in completions]
+
+
 async def breaks_async(completions, **_):
     return breaks(completions)
 
@@ -128,6 +133,7 @@ FAILURES = [
     (endless, "it gave inf, which is not finite"),
     (worded, "it gave 'much', which is no number"),
     (huge, "it gave 1e\\+39, which is not finite"),
+    (larger_still, "it gave a number that is too large"),
     (breaks_async, "ZeroDivisionError: division by zero"),
     (breaks_later, "ZeroDivisionError: division by zero"),
     (functools.partial(breaks), "ZeroDivisionError: division by zero"),
@@ -186,6 +192,22 @@ def test_a_failure_of_the_whole_call_concerns_all_rows(function, reason):
     table = RewardSet([function, lengths], on_error="zero")(rows)
     assert table.values.tolist() == [[0.0, 1.0]] * 3 and table.errors == {function.__name__: 3}
     assert RewardSet(function, on_error="skip")(rows).values.isnan().all()
+
+
+def test_a_failure_is_told_with_its_line_and_the_rows_it_is_of():
+    line = breaks.__code__.co_firstlineno + 1
+    where = rf"failed on held-out row 11 \('bad'\): ZeroDivisionError: .* \(test_reward_set.py, line {line}\)\. "
+    with pytest.raises(UserError, match=where):
+        RewardSet(breaks)(samples("good", "bad"), mode="eval")
+    with pytest.raises(UserError, match=r"failed on row 11 "):
+        RewardSet(breaks)(samples("good", "bad"), mode="train")
+
+    def parses(completions):
+        return [float(len(json.loads(completion))) for completion in completions]
+
+    line = parses.__code__.co_firstlineno + 1
+    with pytest.raises(UserError, match=rf"JSONDecodeError: .* \(test_reward_set.py, line {line}\)\. "):
+        RewardSet(parses)(samples("[]", "no"))
 
 
 def test_rows_without_a_number_are_named_by_their_place():
@@ -380,3 +402,28 @@ def test_the_loop_is_the_own_process_s(monkeypatch):
     before = background._loop
     monkeypatch.setattr(background, "_owner", -1)  # as a fork finds it
     assert background.wait_for(own()) == 1 and background._loop is not before
+
+
+def test_a_columns_or_an_arguments_own_group_size_and_mode_come_first():
+    seen = []
+
+    def reward(completions, mode, group_size=None):
+        seen.append((mode, group_size))
+        return [0.0] * len(completions)
+
+    RewardSet([reward, functools.partial(reward, mode="mine")])(samples("a", "b"), mode="train", group_size=2)
+    RewardSet(reward)(samples("a", mode=["column"]), mode="train", group_size=1)
+    assert seen == [("train", 2), ("mine", 2), (["column"], 1)]
+
+
+def test_the_same_rewards_skipping_what_fails(caplog):
+    def fails(completions, **_):
+        raise ValueError("out of order")
+
+    rewards = RewardSet([lengths, fails])
+    skipping = rewards.skipping("to these")
+    for _ in range(2):
+        assert nan_equal(skipping(samples("a", "bcd")).values, [[1.0, math.nan], [3.0, math.nan]])
+    assert caplog.text.count("out of order") == 1 and "It does not apply to these;" in caplog.text
+    with pytest.raises(UserError, match="out of order"):
+        rewards(samples("a"))

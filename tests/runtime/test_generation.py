@@ -213,6 +213,57 @@ def test_stop_strings_end_rows(tokenizer):
         assert [len(logp) for logp in made.logp] == [len(row) for row in made.ids]
 
 
+def test_a_stop_string_before_an_end_token_cuts_all_the_same(tokenizer):
+    """What is looked at every few tokens: by then a row may have both."""
+    model, inputs = build_causal("qwen2"), prompts()
+    rows = by_generate(model, inputs, 16)
+    for at in range(3, 8):
+        for after in (1, 2, 3):
+            stop, end = tokenizer.decode(rows[1][at - 1 : at + 1]), rows[1][at + after]
+            assert stop
+            made = greedy(InProcessGenerator(tokenizer, end_ids=[end]), model, inputs, stop=(stop,))
+            for row, found, finished in zip(grouped(rows), lists(made.ids), made.finished, strict=True):
+                stopped = next((n for n in range(17) if stop in tokenizer.decode(row[:n])), 17)
+                ended = row.index(end) + 1 if end in row else 17
+                assert found == row[: min(stopped, ended)] and finished == (min(stopped, ended) < 17)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1}, {"top_k": 5, "top_p": 0.9}])
+def test_a_model_that_has_diverged_is_told(sampling, tokenizer):
+    model, inputs = build_causal("qwen2"), prompts()
+    generator = InProcessGenerator(tokenizer, end_ids=[])
+    with torch.no_grad():
+        for before in (True, False):  # found by the first use's check, and later on
+            if not before:
+                generator.generate(model, inputs, 2, Sampling(max_new_tokens=3, **sampling))
+            weight = model.model.norm.weight.clone()
+            model.model.norm.weight.fill_(float("nan"))
+            with pytest.raises(UserError, match="logits are not numbers .* lower learning_rate"):
+                generator.generate(model, inputs, 2, Sampling(max_new_tokens=3, **sampling))
+            model.model.norm.weight.copy_(weight)
+            generator = InProcessGenerator(tokenizer, end_ids=[])
+
+
+def test_processes_agree_on_how_they_generate(tokenizer, monkeypatch, caplog):
+    """Another process cannot use the loop: its rows would have no log-probabilities, so this one's have none."""
+    model, inputs, asked = build_causal("qwen2"), prompts(), []
+    expected = by_generate(model, inputs, 4)
+
+    def of_all(mine, op=None):
+        asked.append(int(mine))
+        mine.fill_(1)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="shared"):
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+        patch.setattr(torch.distributed, "all_reduce", of_all)
+        generator = InProcessGenerator(tokenizer, end_ids=[])
+        for _ in range(2):
+            made = greedy(generator, model, inputs, most=4)
+            assert made.logp is None and lists(made.ids) == grouped(expected)
+    assert asked == [0] and "another process" in caplog.text
+
+
 def test_end_tokens_are_those_of_model_and_tokenizer(tokenizer):
     model, inputs = build_causal("qwen2"), prompts()
     rows = by_generate(model, inputs, 16)

@@ -108,6 +108,13 @@ def test_inversion_over_many_blocks():
     assert (invert(weights, shares) == plain).float().mean() > 0.999
 
 
+def test_weights_that_are_no_numbers_give_a_token_all_the_same():
+    weights = torch.full((2, 300), math.nan)
+    weights[0] = 0
+    tokens = invert(weights, torch.tensor([[0.0, 0.9]] * 2, dtype=torch.float64))
+    assert ((tokens >= 0) & (tokens < 300)).all()
+
+
 def test_seen_tokens_are_the_real_ones():
     ids, mask = torch.tensor([[0, 0, 2, 4], [1, 2, 2, 3]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     seen = Drawer(Sampling()).seen(ids, mask, 6)

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from shared.errors import UserError
-from shared.runtime.options import option
+from shared.runtime.options import Option, option
 from shared.runtime.parser import OptionError, Parsed, parse_arguments
 from shared.runtime.training_fields import training_options
+from shared.runtime.usage import format_help
 
 
 @dataclass
@@ -377,3 +378,8 @@ def test_help_lists_every_option_with_type_default_and_choices(capsys):
     ):
         assert f"  {head}\n" in text
     assert "When. One of: no, steps, epoch." in text
+
+
+def test_help_shows_a_per_cent_sign_once():
+    text = format_help([("", {"slow": Option("slow", int, 1, "About 20%% slower.")})], "x", None)
+    assert "About 20% slower." in text

@@ -368,3 +368,14 @@ def test_peak_memory_is_this_process_and_not_its_launcher() -> None:
     root = Path(report_module.__file__).parents[2]
     child = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert 2**20 < float(child.stdout) < 150 * 2**20
+
+
+def test_the_reference_column_is_there_where_a_row_has_one(report: RunReport) -> None:
+    report.samples = [SampleRow([], "which?", "", None, "blue")]
+    assert "reference" not in written(report)[0]
+    report.samples.append(SampleRow([], "2 + 2?", "4", "It is 5.", "4", verbatim=False))
+    page, _ = written(report)
+    assert '<th scope="col">reference</th>' in page
+    assert page.count('class="answer right"') == 1 and 'class="answer wrong"' not in page
+    report.samples[-1].verbatim = True
+    assert written(report)[0].count('class="answer wrong"') == 1

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from shared.runtime.report import RolloutRow, RolloutTable, RunReport, before_after_table, rollout_text
-from shared.runtime.report_curves import Axis, chart, curves_from_log, group_metrics, unit_of
+from shared.runtime.report_curves import Axis, chart, curves_from_log, group_metrics, unit_of, worth_drawing
 from shared.runtime.report_pictures import Picture
 from shared.runtime.report_text import compare, format_metric, is_share
+from shared.runtime.rollout_tables import from_json
 
 
 def row(completion: str = "7", prompt: str = "3 + 4?", **given) -> RolloutRow:
@@ -90,7 +91,7 @@ def test_a_table_in_json_and_on_the_page(report: RunReport) -> None:
     assert '<td data-name="format" class="num">–</td>' in section
     assert '<td data-name="tokens" class="num">1,234</td>' in section
     assert section.count("✓") == 2 and section.count(">cut<") == 1
-    assert "mean reward 0.6667, 3 completions of 2 prompts" in section
+    assert "mean reward of those shown 0.6667, 3 completions of 2 prompts" in section
 
 
 def test_a_page_without_rollouts_has_no_such_section(report: RunReport) -> None:
@@ -195,7 +196,7 @@ def test_table_text_of_rollouts() -> None:
     cut.finished = False
     table = RolloutTable(40, [row(rewards=rewards), cut, row("", prompt="why?", images=[Image.new("RGB", (2, 2))])])
     assert rollout_text(table, width=90).splitlines() == [
-        "Rollouts at step 40 (mean reward 1)",
+        "Rollouts at step 40 (mean reward of those shown 1)",
         "3 + 4?",
         "  completion                         accuracy  format     reward  advantage  tokens  ended",
         "  7                                         1       -          1       +0.5       2    yes",
@@ -279,9 +280,22 @@ def test_every_online_name_can_be_drawn_with_its_unit() -> None:
     assert "<td>0.25 s</td>" in figures["time"] and "<td>25.0 %</td>" in figures["pass@k"]
 
 
+def test_a_reward_that_is_alone_is_drawn_once() -> None:
+    one, other = {"step": [1, 2], "value": [0.5, 1.0]}, {"step": [1, 2], "value": [0.5, 0.75]}
+    alone = {"reward": one, "reward_std": other, "rewards/length/mean": one, "rewards/length/std": other}
+    assert worth_drawing(alone | {"eval_reward": other, "eval_rewards/length/mean": other, "loss": one}) == [
+        "reward",
+        "reward_std",
+        "eval_reward",
+        "loss",
+    ]
+    assert worth_drawing({**alone, "rewards/length/mean": other}) == ["reward", "reward_std", "rewards/length/mean"]
+
+
 def test_which_names_are_shares() -> None:
     shares = (
-        "pass@1 eval_pass@8 pass@4/plus frac_reward_zero_std completions/clipped_ratio clip_ratio/low_mean accuracy"
+        "pass@1 eval_pass@8 pass@4/plus frac_reward_zero_std completions/clipped_ratio clip_ratio/low_mean accuracy "
+        "exact_match_reward exact_match_reward/plus"
     )
     others = "reward rewards/accuracy_reward/mean eval_rewards/accuracy_reward/std kl bypass@1 sampling/ratio/mean"
     assert all(map(is_share, shares.split()))
@@ -308,3 +322,18 @@ def test_before_and_after_of_an_online_run() -> None:
         "reward_std     0.4     0.2          -0.2",
     ]
     assert [one.better for one in compare(before, after)] == [True, True, False, True, None]
+
+
+def test_what_rewards_noted_of_completions(report: RunReport) -> None:
+    noted = row(extra={"answer": "<7>", "steps": "3"})
+    table = RolloutTable(3, [noted, row("8", extra={"answer": "8"}), row("9")])
+    report.add_rollouts(table)
+    page, figures = written(report)
+    kept = [each.get("extra") for each in figures["rollouts"][0]["prompts"][0]["completions"]]
+    assert kept == [{"answer": "<7>", "steps": "3"}, {"answer": "8"}, None]
+    assert [each.extra for each in from_json(figures["rollouts"])[0].rows] == [kept[0], kept[1], {}]
+    assert '<th scope="col">answer</th><th scope="col">steps</th>' in page
+    assert '<td data-name="answer"><div class="text short">&lt;7&gt;</div></td>' in page
+    lines = rollout_text(table, width=80).splitlines()
+    assert "    answer: <7>, steps: 3" in lines and "    answer: 8" in lines
+    assert len(lines) == len(rollout_text(RolloutTable(3, [row(), row("8"), row("9")]), width=80).splitlines()) + 2

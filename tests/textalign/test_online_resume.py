@@ -131,6 +131,96 @@ def test_a_sampler_that_does_not_tell_goes_on(model_path, tmp_path, monkeypatch)
     assert all(value is not None for value in state["buffer"]["old"])
 
 
+class Failing:
+    """A reward that fails at its call of this number; at 0 never."""
+
+    __name__ = "failing"
+
+    def __init__(self, at):
+        self.left = at
+
+    def __call__(self, completion_ids, **_):
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("the judge is down")
+        return [float(len(ids)) + ids[0] % 3 for ids in completion_ids]
+
+
+@pytest.mark.parametrize(
+    ("shape", "call", "step"),
+    [
+        ({"gradient_accumulation_steps": 1, "num_iterations": 1}, 2, 4),  # a step begins with a round
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, 4, 4),  # and in the middle of one
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 3, "dynamic_sampling": True}, 4, None),
+    ],
+)
+def test_a_reward_that_fails_costs_no_finished_step(shape, call, step, model_path, tmp_path, capsys):
+    """And the draw that failed is repeated whole: the same prompts, the same samples, the same figures."""
+    options = {"num_iterations": 1, "logging_steps": 3, "beta": 0.1, **shape}
+    whole = run("GRPO", model_path, tmp_path / "whole", reward=Failing(0), **options)
+    with pytest.raises(UserError, match="the judge is down"):
+        run("GRPO", model_path, tmp_path / "cut", reward=Failing(call), **options)
+    (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
+    done = int(checkpoint.name.split("-")[1])
+    assert f"Saved at step {done}. Go on with" in capsys.readouterr().out
+    assert done == step if step else 0 < done < 9
+    after = run("GRPO", model_path, tmp_path / "cut", resume=checkpoint, reward=Failing(0), **options)
+    for (key, one), two in zip(whole.model.state_dict().items(), after.model.state_dict().values(), strict=True):
+        assert torch.equal(one, two), key
+    assert after.prompts.cursor == whole.prompts.cursor
+    for name in ("reward", "kl", "completions/mean_length"):
+        assert [e[name] for e in plain(after) if name in e] == [e[name] for e in plain(whole) if name in e], name
+
+
+def test_an_error_before_anything_is_trained_leaves_the_checkpoint(model_path, tmp_path):
+    run("GRPO", model_path, tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    kept = (tmp_path / "checkpoint-1" / "online-0.pt").read_bytes()
+    with pytest.raises(UserError, match=r"row \d is not in the data set"):
+        run("GRPO", model_path, tmp_path, resume=tmp_path / "checkpoint-1", rows=questions(1), max_steps=3)
+    assert (tmp_path / "checkpoint-1" / "online-0.pt").read_bytes() == kept
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+
+
+def test_between_two_logs(model_path, tmp_path):
+    """Figures are those of all steps since the last log, also of those before the checkpoint."""
+    options = {"logging_steps": 4, "max_steps": 8, "beta": 0.1}
+    whole = run("GRPO", model_path, tmp_path / "whole", **options)
+    saving = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": None}
+    run("GRPO", model_path, tmp_path / "cut", **saving, **options)
+    after = run("GRPO", model_path, tmp_path / "cut", resume=tmp_path / "cut" / "checkpoint-3", **saving, **options)
+    names = {name for name in plain(whole)[0] if name not in ("loss", "grad_norm", "step", "epoch")}
+    assert {"kl", "entropy", "reward"} <= names
+    for name in names:
+        assert plain(after)[0][name] == pytest.approx(plain(whole)[0][name], rel=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"num_generations": 8}, "num_generations was 4: the round under way is left"),
+        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size was 4: the round"),
+        ({"steps_per_generation": 2}, "steps_per_generation was 4: the round"),
+    ],
+)
+def test_a_round_of_another_shape_is_sampled_anew(changed, told, model_path, tmp_path, capsys):
+    """Else its rows would be taken for those of other prompts."""
+    whole = run("GRPO", model_path, tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    state = torch.load(tmp_path / "checkpoint-1" / "online-0.pt", weights_only=True)
+    assert state["buffer"]["cursor"] == 1
+    drawn = []
+
+    def seen(prompts, completion_ids, **_):
+        drawn.append([prompt[-1]["content"] if isinstance(prompt, list) else prompt for prompt in prompts])
+        return [float(len(ids)) for ids in completion_ids]
+
+    after = run("GRPO", model_path, tmp_path, resume=tmp_path / "checkpoint-1", reward=seen, max_steps=2, **changed)
+    assert told in capsys.readouterr().out
+    assert after.buffer.born == 1 and drawn
+    size = after.args.num_generations
+    assert all(len(set(group[at : at + size])) == 1 for group in drawn for at in range(0, len(group), size))
+    assert after.prompts.cursor == whole.prompts.cursor + after.local_rows // size
+
+
 def test_what_cannot_be_gone_on_with(model_path, tmp_path):
     run("GRPO", model_path, tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
     checkpoint = tmp_path / "checkpoint-1"

@@ -130,7 +130,7 @@ def test_dropout_is_off_so_that_the_first_ratio_is_one(model_path, tmp_path):
 def test_steps_of_an_epoch(options, steps, model_path, tmp_path):
     options = {"max_steps": -1, "num_train_epochs": 1, **options}
     trainer = make("GRPO", model_path, tmp_path, rows=questions(16), **options)
-    assert trainer.args.max_steps == steps
+    assert trainer.steps_in_all == steps
     if steps == 8 and len(options) == 2:
         trainer.train()
         assert trainer.prompts.cursor == 16 and trainer.state.epoch == 1.0
@@ -217,7 +217,7 @@ def test_an_evaluation_has_its_own_sampling(model_path, tmp_path):
         seen.append([len(set(map(tuple, completion_ids[at : at + 4]))) for at in range(0, len(completion_ids), 4)])
         return even(completion_ids)
 
-    options = {"eval_dataset": questions(4), "reward": spread}
+    options = {"eval_dataset": questions(4), "reward": spread, "per_device_eval_batch_size": 16}
     greedy = make("GRPO", model_path, tmp_path / "a", eval_temperature=0.0, **options)
     figures = greedy.evaluate()
     assert seen == [[1, 1, 1, 1]] and figures["eval_pass@1"] == figures["eval_pass@4"]
@@ -273,7 +273,7 @@ def test_several_held_out_sets(model_path, tmp_path):
 
 
 def test_answers_before_and_after_by_kind(model_path, tmp_path):
-    rows = [{**row, "kind": "odd" if row["number"] % 2 else "plain"} for row in questions(4)]
+    rows = [{**row, "kind": "odd" if row["number"] % 2 else "plain", "solution": "7"} for row in questions(4)]
     options = {"eval_dataset": rows, "eval_answers": 4, "max_steps": 25, "per_device_train_batch_size": 16}
     trainer = make("GRPO", model_path, tmp_path, **options)
     trainer.train()
@@ -283,7 +283,8 @@ def test_answers_before_and_after_by_kind(model_path, tmp_path):
     assert after["even"] > before["even"]
     sample = trainer.report.samples[0]
     assert sample.question == rows[0]["prompt"] and sample.before is not None and sample.after is not None
-    assert sample.columns["kind"] == "plain" and 0 <= float(sample.columns["even"]) <= 1
+    assert sample.answer == "7" and not sample.verbatim
+    assert sample.columns["kind"] == "plain" and 0 <= float(sample.columns["even of the last answer"]) <= 1
 
 
 # ---- The report ----------------------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def test_tables_of_samples_are_kept_every_so_many_steps(model_path, tmp_path):
     trainer = make("GRPO", model_path, tmp_path, sample_every=2, max_steps=5, num_completions_to_print=6)
     trainer.train()
     tables = json.loads((tmp_path / "report" / "report.json").read_text())["rollouts"]
-    assert [table["step"] for table in tables] == [0, 2, 4]
+    assert [table["step"] for table in tables] == [1, 3, 5]
     rows = [row for prompt in tables[0]["prompts"] for row in prompt["completions"]]
     assert [len(prompt["completions"]) for prompt in tables[0]["prompts"]] == [4, 2]
     assert tables[0]["prompts"][0]["prompt"].startswith("What colour is")
@@ -305,7 +306,7 @@ def test_tables_of_samples_are_kept_every_so_many_steps(model_path, tmp_path):
 def test_rounds_that_begin_between_the_tables_steps(model_path, tmp_path):
     trainer = make("GRPO", model_path, tmp_path, sample_every=2, max_steps=7, steps_per_generation=3)
     trainer.train()
-    assert [table.step for table in trainer.report.rollouts] == [0, 3, 6]
+    assert [table.step for table in trainer.report.rollouts] == [1, 4, 7]
     silent = make("GRPO", model_path, tmp_path / "none", sample_every=0, max_steps=1)
     silent.train()
     assert silent.report.rollouts == []
@@ -315,5 +316,5 @@ def test_samples_are_printed_with_the_log(model_path, tmp_path, capsys):
     options = {"steps_per_generation": 2, "logging_steps": 2, "log_completions": True}
     make("GRPO", model_path, tmp_path, **options).train()
     printed = capsys.readouterr().out
-    assert printed.count("Rollouts at step 2") == printed.count("Rollouts at step 4") == 1
+    assert printed.count("Rollouts at step 1") == printed.count("Rollouts at step 3") == 1
     assert "advantage" in printed and "What colour is" in printed

@@ -95,6 +95,12 @@ def test_a_loss_that_is_not_finite_is_told_at_once(loss: float) -> None:
     assert "max_grad_norm" in found[2]
 
 
+def test_a_reward_that_applies_to_nothing() -> None:
+    texts = told(Alarms(), "reward", [math.nan] * 60)
+    assert len(texts) == 1 and "none applies" in next(iter(texts.values()))
+    assert not told(Alarms(), "reward", [0.0, math.nan, 0.5] * 20)
+
+
 def test_rewards_without_spread_tell_the_mean_reward() -> None:
     alarms = Alarms(LIMITS)
     texts = [alarms.check(step, {"frac_reward_zero_std": 0.95, "reward": 0.02}) for step in range(1, 6)]

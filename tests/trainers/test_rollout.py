@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from shared.data.rows import Rows
-from shared.errors import UserError
-from shared.trainers.rollout import Buffer, Prompts, Rollout, cut, in_memory, padded, round_shape
+from shared.errors import DataError, UserError
+from shared.trainers.rollout import Buffer, Prompts, Rollout, cut, in_memory, joined_extras, padded, round_shape
 
 LENGTHS = torch.tensor([3, 9, 1, 1, 5, 5, 2, 8, 7, 7, 4, 4, 6, 1, 2, 2])
 
@@ -120,3 +120,28 @@ def test_a_stream_is_read_as_far_as_the_run_can_draw():
     assert len(in_memory(endless(), 7)) == 7
     with pytest.raises(UserError, match="max_steps is missing"):
         in_memory(endless(), None)
+
+
+def test_rows_that_cannot_be_used_give_way_to_the_row_behind_them():
+    rows, asked = [{"prompt": str(at), "__row__": 10 + at} for at in range(4)], []
+
+    def check(row):
+        asked.append(row["__row__"])
+        if row["__row__"] in (11, 13):
+            raise DataError(f"row {row['__row__']}: too long")
+        return "was cut" if row["__row__"] == 12 else None
+
+    prompts = Prompts(rows, shuffle=False, seed=0, check=check, skip=True)
+    assert [row["prompt"] for row in prompts.at([0, 1, 3, 1])] == ["0", "2", "0", "2"]
+    assert prompts.notes == {11: "left out: too long", 12: "was cut", 13: "left out: too long"}
+    assert asked.count(11) == asked.count(13) == 1
+    with pytest.raises(DataError, match="row 11: too long"):
+        Prompts(rows, shuffle=False, seed=0, check=check).at([0, 1])
+    with pytest.raises(DataError, match="No row can be used; the last: left out: too long"):
+        Prompts(rows[1:2], shuffle=False, seed=0, check=check, skip=True).at([0])
+
+
+def test_notes_of_several_rollouts_go_on_beside_their_rows():
+    parts = [Rollout([None] * 2, 1, None, torch.ones(2), torch.zeros(2), extras=each) for each in (
+        {"a": [1, 2]}, {"b": [3, 4]})]  # fmt: skip
+    assert joined_extras(parts, [[1], [0, 1]]) == {"a": [2, None, None], "b": [None, 3, 4]}

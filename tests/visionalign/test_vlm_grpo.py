@@ -266,7 +266,19 @@ def test_frozen_parts_stay(tiny, tmp_path):
 # ---- What cannot be done -------------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_told_in_a_sentence(tiny, tmp_path):
+def test_options_that_other_libraries_take(tiny, tmp_path):
+    from transformers import TrainingArguments
+
+    from visionalign import VLMGRPOConfig, VLMGRPOTrainer
+
+    args = VLMGRPOConfig(output_dir=str(tmp_path), trust_remote_code=False)
+    assert args.model_init_kwargs == {"trust_remote_code": False}
+    plain = TrainingArguments(output_dir=str(tmp_path), max_steps=3, learning_rate=0.5)
+    trainer = VLMGRPOTrainer(str(tiny("llava")), noisy, plain, train_dataset=asks("llava"))
+    assert (trainer.args.max_steps, trainer.args.learning_rate, trainer.args.beta) == (3, 0.5, 0.0)
+
+
+def test_mistakes_are_told_in_a_sentence(tiny, tmp_path, monkeypatch):
     from visionalign import VLMGRPOTrainer
 
     llava = tiny("llava")
@@ -276,6 +288,22 @@ def test_mistakes_are_told_in_a_sentence(tiny, tmp_path):
         make(llava, tmp_path, max_prompt_length=12)
     with pytest.raises(DataError, match="row 0: has no image"):
         make(tiny("paligemma"), tmp_path, rows=[{"prompt": "What?", "images": []}] * 4)
+    with pytest.raises(UserError, match="use_vllm: a server's completions endpoint takes tokens alone"):
+        make(llava, tmp_path, use_vllm=True)
+    with pytest.raises(UserError, match="vllm_mode is not an option of VLMGRPOConfig. Leave it out"):
+        make(llava, tmp_path, vllm_mode="colocate")
+    with pytest.raises(UserError, match="ref_model_name_or_path: there is no reference where beta is 0"):
+        make(llava, tmp_path, ref_model_name_or_path="no/such")
+    held_out = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": asks("llava", 2)}
+    with monkeypatch.context() as patched:
+        patched.setattr("visionalign.policy_gradient.load_vlm", None)
+        for options, message in (
+            ({"top_p": 2.0}, "top_p"),
+            ({"generation_kwargs": {"num_beams": 2}}, "num_beams"),
+            ({"metric_for_best_model": "eval_loss", **held_out}, "metric_for_best_model eval_loss"),
+        ):
+            with pytest.raises(UserError, match=message):
+                make(llava, tmp_path, **options)
     with pytest.raises(UserError, match="There is no reward"):
         make(llava, tmp_path, reward=None)
     with pytest.raises(UserError, match="VLMGRPOConfig"):
