@@ -80,9 +80,9 @@ def test_a_bad_row_is_named_before_the_model_is_loaded(case, run, tmp_path, monk
     bad, message = BAD_ROWS[case]
     name = write(tmp_path, [*GOOD[:2], bad, *GOOD])
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    import visionalign.sft
+    import visionalign.preparing
 
-    monkeypatch.setattr(visionalign.sft, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(visionalign.preparing, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     assert_refused(run("--dataset_name", name, *QUICK), message, "on_bad_row", folder=tmp_path)
 
 

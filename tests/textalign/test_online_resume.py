@@ -51,23 +51,23 @@ def plain(trainer):
 
 def resumed_is_whole(name, model_path, tmp_path, at, **options):
     saving = {"save_strategy": "steps", "save_steps": at, "save_total_limit": None}
-    whole = run(name, model_path, tmp_path / "whole", **options)
-    cut = run(name, model_path, tmp_path / "cut", **saving, **options)
+    whole = run(name, model_path, tmp_path / "cut", **saving, **options)
     checkpoint = tmp_path / "cut" / f"checkpoint-{at}"
     state = torch.load(checkpoint / "online-0.pt", weights_only=True)
     random.seed(99)  # as another process would have it
     torch.manual_seed(99)
+    tables = json.loads((whole.report.directory / "report.json").read_text())["rollouts"]
     after = run(name, model_path, tmp_path / "cut", resume=checkpoint, **saving, **options)
-    for other in (cut, after):
-        for (key, one), two in zip(whole.model.state_dict().items(), other.model.state_dict().values(), strict=True):
-            assert torch.equal(one, two), key
-        assert plain(other) == plain(whole)
+    for (key, one), two in zip(whole.model.state_dict().items(), after.model.state_dict().values(), strict=True):
+        assert torch.equal(one, two), key
+    assert plain(after) == plain(whole)
+    assert json.loads((after.report.directory / "report.json").read_text())["rollouts"] == tables
     return state, whole, after
 
 
-@pytest.mark.parametrize(("accumulation", "at"), [(1, 3), (1, 5), (2, 1), (2, 3)])
+@pytest.mark.parametrize(("accumulation", "at"), [(1, 5), (2, 3)])
 def test_grpo_goes_on_in_the_middle_of_a_round(accumulation, at, model_path, tmp_path):
-    state, whole, after = resumed_is_whole(
+    state, _, after = resumed_is_whole(
         "GRPO",
         model_path,
         tmp_path,
@@ -83,13 +83,10 @@ def test_grpo_goes_on_in_the_middle_of_a_round(accumulation, at, model_path, tmp
         entropy_target=9.0,
     )
     assert 0 < state["buffer"]["cursor"] < 8
-    tables = [
-        json.loads((trainer.report.directory / "report.json").read_text())["rollouts"] for trainer in (whole, after)
-    ]
-    assert tables[0] == tables[1] and len(tables[0]) >= 2
+    assert len(after.report.rollouts) >= 2
 
 
-@pytest.mark.parametrize("at", [2, 3])
+@pytest.mark.parametrize("at", [3])
 def test_rloo_goes_on_in_the_middle_of_a_round(at, model_path, tmp_path):
     state, *_ = resumed_is_whole(
         "RLOO", model_path, tmp_path, at, num_generations=4, normalize_advantages=True, gradient_accumulation_steps=1
