@@ -290,8 +290,8 @@ class Prompts:
 
     def _usable(self, at: int) -> dict[str, Any]:
         """The row there or, where it is left out, the first behind it that is not: alike on all processes."""
-        places = [place % len(self.rows) for place in range(at, at + len(self.rows))]
-        for place in places:
+        count = len(self.rows)
+        for place in (each % count for each in range(at, at + count)):
             if place in self._unusable:
                 continue
             row = self.rows[place]
