@@ -15,13 +15,13 @@ from shared.data.tokenise import Tokeniser
 from shared.errors import DataError, UserError
 from shared.runtime.models import load_config, position_limit
 from shared.trainers.datasets import check_evaluation, check_steps, checked_rows, kind_of
-from shared.trainers.token_rollouts import Prompt
+from shared.trainers.token_rollouts import Prompt, PromptsOnce
 from textalign.preparing import TextRun, hub_options, load_tokenizer, name_of
 
 NOT_COLUMNS = ("prompt", "completion", "messages", "conversations")  # not handed to rewards beside the prompt
 
 
-class TextPrompts:
+class TextPrompts(PromptsOnce):
     """Rows as prompts of a text model; a PromptEncoder.
 
     Args:
@@ -32,27 +32,17 @@ class TextPrompts:
     beyond: ClassVar[dict[str, int]] = {}
 
     def __init__(self, run: TextRun, longest: int | None):
+        super().__init__()
         self.run, self.tokenizer, self.longest = run, run.tokenizer, longest
 
-    def prompts(self, rows: Sequence[dict[str, Any]]) -> list[Prompt]:
-        known: dict[int, Prompt] = {}
-        return [known.get(id(row)) or known.setdefault(id(row), self._prompt(row)) for row in rows]
-
-    def _prompt(self, row: dict[str, Any]) -> Prompt:
-        ids = self._whole(row)
-        return Prompt(torch.as_tensor(ids if self.longest is None else ids[-self.longest :]))
-
-    def _whole(self, row: dict[str, Any]) -> list[int]:
+    def made(self, row: dict[str, Any]) -> tuple[Prompt, str | None]:
         ids = self.run.tokeniser.ask(row).prompt_ids
         if not ids:
             raise DataError(f"row {row.get(ROW, 0)}: prompt is empty, so there is nothing to go on from")
-        return ids
-
-    def check(self, row: dict[str, Any]) -> str | None:
-        tokens = len(self._whole(row))
-        if self.longest is None or tokens <= self.longest:
-            return None
-        return f"prompt cut from {tokens} tokens to its last {self.longest}"
+        if self.longest is None or len(ids) <= self.longest:
+            return Prompt(torch.as_tensor(ids)), None
+        note = f"prompt cut from {len(ids)} tokens to its last {self.longest}"
+        return Prompt(torch.as_tensor(ids[-self.longest :])), note
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         return left_padded([prompt.ids for prompt in prompts], self.tokenizer.pad_token_id)
@@ -86,13 +76,14 @@ def prepare_prompts(
     template_kwargs = args.chat_template_kwargs
     tokeniser = Tokeniser(tokenizer, kind, template_kwargs=template_kwargs, on_bad_row=args.on_bad_row)
     run = TextRun(name_of(model), tokenizer, kind, tokeniser, longest)
+    encoder = TextPrompts(run, longest)
     run.train, run.held_out = checked_rows(train_dataset, eval_dataset, kind, args)
     if isinstance(run.train, Rows):
         run.left_out = {row: f"left out: {why}" for row, why in run.train.left_out.items()}
-        TextPrompts(run, longest).prompts([run.train[at] for at in range(min(2, len(run.train)))])
+        encoder.prompts([run.train[at] for at in range(min(2, len(run.train)))])
     else:
         check_steps(args, run.train)
-    return run, TextPrompts(run, longest)
+    return run, encoder
 
 
 def _room(model: str | nn.Module, args: Any) -> int | None:

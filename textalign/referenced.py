@@ -15,7 +15,7 @@ from shared.trainers.keeping import preserved_randomness
 from shared.trainers.preference import PreferenceTrainer
 from shared.trainers.reference import Cached, FrozenCopy, Reference, check_engine
 from shared.trainers.reference_cache import precompute, weights_of_model, weights_of_name
-from shared.trainers.reference_checks import check_moves, check_reference_options, check_run_beforehand
+from shared.trainers.reference_checks import check_reference_asked, check_run_beforehand
 from shared.trainers.reference_options import ReferenceModelOptions
 from shared.trainers.referenced import Referenced
 from textalign.preparing import HUB_OPTIONS, TextRun, fit_to_tokenizer
@@ -92,17 +92,7 @@ def check_reference(
     Raises:
         UserError: options out of range or that exclude each other; a reference model that is not there.
     """
-    check_reference_options(
-        model,
-        ref_model,
-        has_adapter=has_adapter,
-        num_shared_layers=args.ref_num_shared_layers,
-        load_in_8bit=args.ref_load_in_8bit,
-        synced=args.sync_ref_model,
-        beforehand=_beforehand(args),
-    )
-    if args.sync_ref_model:
-        check_moves(every=args.ref_model_sync_steps, alpha=args.ref_model_mixup_alpha)
+    check_reference_asked(model, ref_model, args, has_adapter=has_adapter, beforehand=_beforehand(args))
     if _beforehand(args):
         check_run_beforehand(train_dataset, args.precompute_ref_batch_size)
     if isinstance(ref_model, str):

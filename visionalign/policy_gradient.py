@@ -22,7 +22,7 @@ from shared.trainers.datasets import check_evaluation, checked_rows, kind_of
 from shared.trainers.keeping import preserved_randomness
 from shared.trainers.online_config import OnlineConfig
 from shared.trainers.policy_gradient import PolicyGradientTrainer, objective_of
-from shared.trainers.reference_checks import check_moves, check_reference_options, check_reference_used
+from shared.trainers.reference_checks import check_reference_asked, check_reference_used
 from shared.trainers.referenced import Referenced
 from shared.trainers.rewarding import check_best_metric, refuse_unknown, rewards_of, tell_doubts
 from shared.trainers.token_rollouts import engine_of, sampling_of, token_parts
@@ -138,16 +138,8 @@ class VLMGRPOTrainer(Referenced, PolicyGradientTrainer):
     @staticmethod
     def _checked_reference(model: Any, ref_model: Any, args: VLMGRPOConfig, peft_config: Any) -> Any:
         ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
-        check_reference_options(
-            model,
-            ref_model,
-            has_adapter=peft_config is not None or hasattr(model, "peft_config"),
-            num_shared_layers=args.ref_num_shared_layers,
-            load_in_8bit=args.ref_load_in_8bit,
-            synced=args.sync_ref_model,
-        )
-        if args.sync_ref_model:
-            check_moves(every=args.ref_model_sync_steps, alpha=args.ref_model_mixup_alpha)
+        has_adapter = peft_config is not None or hasattr(model, "peft_config")
+        check_reference_asked(model, ref_model, args, has_adapter=has_adapter)
         return ref_model
 
     def load_reference(self, name: str, **options: Any) -> nn.Module:

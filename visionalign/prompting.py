@@ -16,7 +16,7 @@ from shared.data.collators import left_padded
 from shared.data.rows import ROW
 from shared.data.schema import Kind, decode_image, to_conversation
 from shared.errors import DataError
-from shared.trainers.token_rollouts import Prompt
+from shared.trainers.token_rollouts import Prompt, PromptsOnce
 from visionalign.collators import VLMCollator
 from visionalign.families import SAMPLE, TOKEN, Family
 
@@ -24,7 +24,7 @@ NOT_COLUMNS = ("prompt", "completion", "image", "images")  # not handed to rewar
 SHOWN_PIXELS = 65_536  # of an image in the report
 
 
-class VLMPrompts:
+class VLMPrompts(PromptsOnce):
     """A PromptEncoder of a vision-language model.
 
     Args:
@@ -34,22 +34,13 @@ class VLMPrompts:
     """
 
     def __init__(self, collator: VLMCollator, longest: int | None = None, *, needs_image: bool = False):
+        super().__init__()
         self.collator, self.family, self.longest = collator, collator.family, longest
         self.needs_image = needs_image
-        self._checked: dict[int, tuple[dict[str, Any], Prompt]] = {}  # by id, which is the row's while it is held
         self.beyond = {"token_type_ids": 1} if self.family.prefix_suffix else {}  # an answer sees what is before it
         self.tokenizer, self.max_pixels = collator.processor.tokenizer, collator.reader.max_pixels
 
-    def prompts(self, rows: Sequence[dict[str, Any]]) -> list[Prompt]:
-        known = {key: prompt for key, (_, prompt) in self._checked.items()}
-        self._checked = {}
-        return [known.get(id(row)) or known.setdefault(id(row), self._prompt(row)) for row in rows]
-
-    def check(self, row: dict[str, Any]) -> None:
-        """Raise DataError where the row cannot be used; else it is kept until its prompt is asked for."""
-        self._checked[id(row)] = (row, self._prompt(row))
-
-    def _prompt(self, row: dict[str, Any]) -> Prompt:
+    def made(self, row: dict[str, Any]) -> tuple[Prompt, None]:
         inputs, _ = self.collator.encode_prompts([row])
         if "pixel_values" not in inputs:
             self._check_imageless(row.get(ROW, 0))
@@ -60,7 +51,7 @@ class VLMPrompts:
                 f"row {row.get(ROW, 0)}: its prompt has {len(ids)} tokens, max_prompt_length is {self.longest}. Raise "
                 "it, or make images smaller with max_pixels."
             )
-        return Prompt(ids, inputs)
+        return Prompt(ids, inputs), None
 
     def _check_imageless(self, number: int) -> None:
         if self.needs_image:

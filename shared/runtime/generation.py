@@ -163,9 +163,7 @@ class InProcessGenerator:
     def _ends(self, inner: nn.Module) -> list[int]:
         if self._end_ids is not None:
             return sorted(self._end_ids)
-        ends = inner.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), self._tokenizer.eos_token_id}
-        return sorted(end for end in ends if end is not None)
+        return _end_ids(inner, self._tokenizer)
 
     def _decode(
         self,
@@ -281,6 +279,13 @@ class InProcessGenerator:
         return result
 
 
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a completion: the model's and the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    return sorted(end for end in ends if end is not None)
+
+
 def _device_of(random: torch.Generator | None) -> torch.device:
     return torch.device("cpu") if random is None else random.device
 
@@ -326,8 +331,6 @@ def greedy_answers(model: Any, inputs: dict[str, Any], tokenizer: Any, *, max_ne
         tokenizer: decodes; its end-of-sequence token ends an answer, besides those of the model.
         max_new_tokens: the longest answer, in tokens.
     """
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
     with torch.no_grad():
         tokens = model.generate(
             **inputs,
@@ -338,7 +341,7 @@ def greedy_answers(model: Any, inputs: dict[str, Any], tokenizer: Any, *, max_ne
             top_k=None,
             max_new_tokens=max_new_tokens,
             use_cache=True,
-            eos_token_id=sorted(end for end in ends if end is not None),
+            eos_token_id=_end_ids(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
     return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -5,8 +5,10 @@ What family a model belongs to and what it needs of its data is not known here: 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -249,3 +251,17 @@ def without_dropout(model: Any) -> None:
         for name, value in list(vars(module).items()):
             if name.endswith("dropout") and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Loading and saving take no bar of their own beside the training's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -6,7 +6,6 @@ leaves the model as it was, bit for bit. Sharded weights are not gathered here: 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
+from shared.runtime.models import without_progress_bars
 
 GIVE_STATE = "give update_weights(model, state_dict=accelerator.get_state_dict(model)), called on every process"
 
@@ -55,7 +55,7 @@ def write_weights(
             name: value.to(dtype) if value.is_floating_point() else value for name, value in state_dict.items()
         }
     base = model.get_base_model() if is_adapted(model) else model
-    with _without_progress_bars():
+    with without_progress_bars():  # an update a step would otherwise fill the terminal
         base.save_pretrained(folder, state_dict=dict(state_dict))
     return folder
 
@@ -152,20 +152,6 @@ def _kept_part(module: Any) -> str:
     if isinstance(module, ModulesToSaveWrapper):
         return f"modules_to_save.{module.active_adapters[0]}." if module.active_adapters else "original_module."
     return "base_layer."
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """An update a step would otherwise fill the terminal."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _refuse_sharded(parameters: Iterator[tuple[str, nn.Parameter]]) -> None:

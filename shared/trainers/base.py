@@ -25,10 +25,10 @@ from shared.policies.prefix import evaluating
 from shared.runtime import checkpoint as checkpoints
 from shared.runtime.fsdp import reshard, unused_parameters_allowed
 from shared.runtime.launch import check_engine
-from shared.runtime.models import parameter_report, precision_report
+from shared.runtime.models import parameter_report, precision_report, without_progress_bars
 from shared.runtime.report import RunReport, SampleRow, before_after_table, peak_memory, plain
 from shared.trainers.config import AlignConfig
-from shared.trainers.keeping import preserved_randomness, restore_weights, without_progress_bars
+from shared.trainers.keeping import preserved_randomness, restore_weights
 from shared.trainers.progress import ProgressBar
 from shared.trainers.watch import Watch
 

@@ -1,4 +1,4 @@
-"""Keeping things as they were: random states through an evaluation, weights through a restart, the bar in a save."""
+"""Keeping things as they were: random states through an evaluation, weights through a restart."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from shared.errors import UserError
+from shared.runtime.models import without_progress_bars
 
 
 @contextlib.contextmanager
@@ -22,18 +22,6 @@ def preserved_randomness() -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(numpy_state)
-
-
-@contextlib.contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Saving takes no bar of its own beside the training's."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def restore_weights(model: PreTrainedModel, folder: str) -> None:

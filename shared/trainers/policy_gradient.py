@@ -126,7 +126,7 @@ class PolicyGradientTrainer(OnlineTrainer):
             self.fill(rollout, "old", late)
         if corrects:
             self._correct(rollout)
-        if not isinstance(self.reference, NoReference) and self.objective.beta:
+        if self.objective.beta:
             self.fill(rollout, "ref", buffer.cut)
 
     def fill(self, rollout: Rollout, name: str, parts: list[list[int]]) -> None:

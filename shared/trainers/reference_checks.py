@@ -67,6 +67,28 @@ def check_reference_options(
         )
 
 
+def check_reference_asked(
+    model: nn.Module | str,
+    ref_model: nn.Module | str | None,
+    args: Any,
+    *,
+    has_adapter: bool,
+    beforehand: bool = False,
+) -> None:
+    """check_reference_options and check_moves, by ReferenceModelOptions."""
+    check_reference_options(
+        model,
+        ref_model,
+        has_adapter=has_adapter,
+        num_shared_layers=args.ref_num_shared_layers,
+        load_in_8bit=args.ref_load_in_8bit,
+        synced=args.sync_ref_model,
+        beforehand=beforehand,
+    )
+    if args.sync_ref_model:
+        check_moves(every=args.ref_model_sync_steps, alpha=args.ref_model_mixup_alpha)
+
+
 def check_reference_used(args: Any, ref_model: Any) -> None:
     """Raise UserError where a trainer whose β is 0 is asked for a reference.
 

@@ -285,8 +285,9 @@ class Prompts:
         Raises:
             DataError: a row that cannot be used, or with `skip` that none can.
         """
-        found: dict[int, dict[str, Any]] = {}
-        return [found.setdefault(at, self._usable(at)) if at not in found else found[at] for at in indices]
+        indices = list(indices)
+        found = {at: self._usable(at) for at in dict.fromkeys(indices)}
+        return [found[at] for at in indices]
 
     def _usable(self, at: int) -> dict[str, Any]:
         """The row there or, where it is left out, the first behind it that is not: alike on all processes."""

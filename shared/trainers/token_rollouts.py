@@ -58,6 +58,28 @@ class PromptEncoder(Protocol):
         ...
 
 
+class PromptsOnce:
+    """The part of a PromptEncoder that makes each row's prompt once, though it is checked before it is asked for."""
+
+    def __init__(self):
+        self._checked: dict[int, tuple[dict[str, Any], Prompt]] = {}  # by id, which is the row's while it is held
+
+    def made(self, row: dict[str, Any]) -> tuple[Prompt, str | None]:
+        """A row's prompt, and what happened to it; see PromptEncoder.check."""
+        raise NotImplementedError
+
+    def prompts(self, rows: Sequence[dict[str, Any]]) -> list[Prompt]:
+        known = {key: prompt for key, (_, prompt) in self._checked.items()}
+        self._checked = {}
+        return [known.get(id(row)) or known.setdefault(id(row), self.made(row)[0]) for row in rows]
+
+    def check(self, row: dict[str, Any]) -> str | None:
+        """What happens to the row's prompt, which is kept until it is asked for; raises DataError as `prompts`."""
+        prompt, note = self.made(row)
+        self._checked[id(row)] = (row, prompt)
+        return note
+
+
 @dataclass
 class TokenActions:
     """What was written: a prompt for each `group_size` rows, and the tokens `(n_i,)` of each row."""

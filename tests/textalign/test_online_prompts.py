@@ -113,14 +113,14 @@ def test_prompts_that_lose_their_beginning_are_noted(model_path, tmp_path):
 
 def test_prompts_without_tokens_are_left_out_where_that_is_asked_for(model_path, tmp_path, monkeypatch):
     trainer = make("GRPO", model_path, tmp_path, rows=questions(4), on_bad_row="skip", shuffle_dataset=False)
-    plain = trainer.actor.encoder._whole
+    plain = trainer.actor.encoder.made
 
-    def whole(row):
+    def made(row):
         if row["number"] == 1:
             raise DataError("row 1: prompt is empty")
         return plain(row)
 
-    monkeypatch.setattr(trainer.actor.encoder, "_whole", whole)
+    monkeypatch.setattr(trainer.actor.encoder, "made", made)
     rollout = first_round(trainer)
     assert [sample.columns["number"] for sample in rollout.samples] == [0] * 4 + [2] * 4
     assert trainer.row_notes == {1: "left out: prompt is empty"}
