@@ -27,17 +27,26 @@ _HERE = Path(__file__).parent
 MODELS: dict[str, Path] = {
     "builtin/vlm-small": _HERE / "vlm_small",
     "builtin/vlm-small-sft": _HERE / "vlm_small_sft",
+    "builtin/vlm-small-draft": _HERE / "vlm_small_draft",
+    "builtin/rm-shapes": _HERE / "rm_shapes",
     "builtin/lm-small": _HERE / "lm_small",
     "builtin/lm-small-sft": _HERE / "lm_small_sft",
     "builtin/lm-tldr-sft": _HERE / "lm_tldr_sft",
     "builtin/rm-reviews": _HERE / "rm_reviews",
     "builtin/gemma3-small": _HERE / "gemma3_small",
+    "builtin/gemma3-vlm-small": _HERE / "gemma3_vlm_small",
+    "builtin/smolvlm-small": _HERE / "smolvlm_small",
+    "builtin/video-small": _HERE / "qwen2_vl_small",
 }
 
 # Name -> module and function `(split) -> datasets.Dataset`, imported when it is asked for.
 DATASETS: dict[str, str] = {
     "builtin/shapes": "shared.builtin.shapes:load",
     "builtin/shapes-prompts": "shared.builtin.shapes:load_prompts",
+    "builtin/shapes-simple": "shared.builtin.shapes:load_simple",
+    "builtin/shapes-preference": "shared.builtin.shapes_preference:load",
+    "builtin/picture-pairs": "shared.builtin.picture_pairs:load",
+    "builtin/moving-shapes": "shared.builtin.moving_shapes:load",
     "builtin/digits": "shared.builtin.digits:load",
     "builtin/arithmetic": "shared.builtin.arithmetic:load",
     "builtin/arithmetic-prompts": "shared.builtin.arithmetic:load_prompts",

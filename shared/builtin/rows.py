@@ -18,12 +18,21 @@ IMAGE_SIZE = 48  # pixels, height and width; what the built-in models take
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one picture, e.g. `Question(png, "Where is the circle?", "top left", "where")`."""
+    """A question about pictures, e.g. `Question(png, "Where is the circle?", "top left", "where")`.
+
+    Attributes:
+        png: the picture.
+        text: what is asked; each `<image>` in it is the place of a picture. Without any the picture comes first.
+        answer: the one right answer.
+        kind: what accuracy is reported by.
+        more: the second picture and those after it.
+    """
 
     png: bytes
     text: str
     answer: str
     kind: str
+    more: tuple[bytes, ...] = ()
 
 
 def png(pixels_HW3: np.ndarray) -> bytes:
@@ -35,7 +44,7 @@ def png(pixels_HW3: np.ndarray) -> bytes:
 
 def to_dataset(questions: Sequence[Question]) -> Dataset:
     """Rows of `images`, `messages`, `kind` in memory: nothing is written to the data set cache."""
-    return _dataset(questions, {"messages": [[_asked(q), _answered(q)] for q in questions]})
+    return _dataset(questions, {"messages": [[_asked(q), _answered(q.answer)] for q in questions]})
 
 
 def to_prompts(questions: Sequence[Question]) -> Dataset:
@@ -43,23 +52,43 @@ def to_prompts(questions: Sequence[Question]) -> Dataset:
     return _dataset(questions, {"prompt": [[_asked(q)] for q in questions], "solution": [q.answer for q in questions]})
 
 
+def to_preferences(questions: Sequence[Question], rejected: Sequence[str], columns: dict[str, list]) -> Dataset:
+    """Rows of `images`, `prompt`, `chosen` (the answer), `rejected` (each a chat), `columns`, `kind`, likewise.
+
+    Args:
+        rejected: a worse answer to each question.
+        columns: further columns of lists of texts.
+    """
+    turns = {
+        "prompt": [[_asked(q)] for q in questions],
+        "chosen": [[_answered(q.answer)] for q in questions],
+        "rejected": [[_answered(text)] for text in rejected],
+    }
+    return _dataset(questions, {**turns, **columns})
+
+
 def _dataset(questions: Sequence[Question], columns: dict[str, list]) -> Dataset:
     from datasets import Dataset, Features, Image, List, Value
 
     turns = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
-    types = {"images": List(Image()), "messages": turns, "prompt": turns}
+    types = {"images": List(Image()), **dict.fromkeys(("messages", "prompt", "chosen", "rejected"), turns)}
     columns = {
-        "images": [[{"bytes": q.png, "path": None}] for q in questions],
+        "images": [[{"bytes": data, "path": None} for data in (q.png, *q.more)] for q in questions],
         **columns,
         "kind": [q.kind for q in questions],
     }
-    features = Features({name: types.get(name, Value("string")) for name in columns})
+    texts = {True: List(Value("string")), False: Value("string")}
+    features = Features({k: types.get(k) or texts[isinstance(values[0], list)] for k, values in columns.items()})
     return Dataset.from_dict(columns, features=features)
 
 
 def _asked(question: Question) -> dict:
-    return {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": question.text}]}
+    content = []
+    for piece in (question.text if "<image>" in question.text else f"<image>{question.text}").split("<image>"):
+        content += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
+        content.append({"type": "image", "text": None})
+    return {"role": "user", "content": content[:-1]}
 
 
-def _answered(question: Question) -> dict:
-    return {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}
+def _answered(text: str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}

@@ -1,4 +1,4 @@
-"""`builtin/shapes` and its prompts: questions about drawn pictures of one to three coloured shapes.
+"""`builtin/shapes`, its prompts and `builtin/shapes-simple`: questions about drawn pictures of one to three shapes.
 
 A picture is 48 x 48 pixels, black, divided into 3 x 3 cells; each shape fills a cell and no two have the same form.
 What is where (the *layout*) decides by its hash whether a picture belongs to the training or the held-out set, so the
@@ -8,7 +8,7 @@ two are disjoint whatever the seed. Everything is drawn from the seed in about a
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,9 +39,11 @@ COUNTS = ("0", "1", "2", "3")
 TRAIN_ROWS = {"colour": 1000, "shape": 2400, "where": 800, "count": 400, "describe": 1600}
 TEST_ROWS = {"colour": 200, "shape": 200, "where": 100, "count": 100, "describe": 100}
 PROMPT_ROWS = {"train": {"where": 2000, "count": 2000}, "test": {"where": 100, "count": 100}}
+SIMPLE_ROWS = {"train": {"colour": 1500, "describe": 3000}, "test": {"colour": 150, "describe": 150}}
 
 _CELL = IMAGE_SIZE // 3
 _SIZES = (14, 15, 16)  # pixels across; with smaller ones the form is learnt late
+_SIMPLE = 2  # shapes at most in a picture of `builtin/shapes-simple`
 _HELD_OUT = 8  # one layout in so many is held out
 
 
@@ -66,20 +68,33 @@ def load_prompts(split: str, seed: int = 0) -> Dataset:
     return to_prompts(_draw("shapes-prompts", split, PROMPT_ROWS[split], seed))
 
 
-def _draw(name: str, split: str, rows_of_kind: Mapping[str, int], seed: int) -> list[Question]:
+def load_simple(split: str, seed: int = 0) -> Dataset:
+    """Rows as those of `load`, of fewer kinds and pictures with one or two shapes: learnt in a third of the steps."""
+    return to_dataset(_draw("shapes-simple", split, SIMPLE_ROWS[split], seed, most=_SIMPLE))
+
+
+def _draw(name: str, split: str, rows_of_kind: Mapping[str, int], seed: int, most: int = len(FORMS)) -> list[Question]:
     rng = random.Random(f"{name} {split} {seed}")
     kinds = [kind for kind, rows in rows_of_kind.items() for _ in range(rows)]
     rng.shuffle(kinds)
-    return [draw_question(kind, split, rng) for kind in kinds]
+    return [draw_question(kind, split, rng, most) for kind in kinds]
 
 
-def draw_question(kind: str, split: str, rng: random.Random) -> Question:
+def draw_question(kind: str, split: str, rng: random.Random, most: int = len(FORMS)) -> Question:
     """Draw a layout of the split on which this kind of question has one right answer; ask and paint it."""
     while True:
-        layout = draw_layout(rng)
-        asked = ask(kind, layout, rng) if split_of(layout) == split else None
+        layout = draw_layout_of(split, rng, most)
+        asked = ask(kind, layout, rng)
         if asked is not None:
             return Question(png(paint(layout, rng)), *asked, kind)
+
+
+def draw_layout_of(split: str, rng: random.Random, most: int = len(FORMS)) -> Layout:
+    """A layout of the split, of so many shapes at most."""
+    while True:
+        layout = draw_layout(rng)
+        if len(layout) <= most and split_of(layout) == split:
+            return layout
 
 
 def draw_layout(rng: random.Random) -> Layout:
@@ -87,6 +102,12 @@ def draw_layout(rng: random.Random) -> Layout:
     n = rng.randint(1, 3)
     cells, forms = rng.sample(range(9), n), rng.sample(FORMS, n)
     return tuple(sorted(Shape(cell, form, rng.choice(list(COLOURS))) for cell, form in zip(cells, forms, strict=True)))
+
+
+def lay(shapes: Sequence[tuple[str, str]], rng: random.Random) -> Layout:
+    """Shapes, form and colour of each, in any cells, in the order in which they are given."""
+    cells = sorted(rng.sample(range(9), len(shapes)))
+    return tuple(Shape(cell, *shape) for cell, shape in zip(cells, shapes, strict=True))
 
 
 def split_of(layout: Layout) -> str:
@@ -127,12 +148,13 @@ def paint(layout: Layout, rng: random.Random) -> np.ndarray:
         row, column = divmod(shape.cell, 3)
         y = row * _CELL + rng.randint(0, _CELL - size)
         x = column * _CELL + rng.randint(0, _CELL - size)
-        picture[y : y + size, x : x + size] = _sprite(shape.form, shape.colour, size)
+        picture[y : y + size, x : x + size] = sprite(shape.form, shape.colour, size)
     return picture
 
 
 @cache
-def _sprite(form: str, colour: str, size: int) -> np.ndarray:
+def sprite(form: str, colour: str, size: int) -> np.ndarray:
+    """A shape on black, (size, size, 3) uint8."""
     scale = 8  # drawn large and averaged down, for smooth edges
     last = size * scale - 1
     mask = Image.new("L", (size * scale, size * scale))

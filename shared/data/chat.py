@@ -55,6 +55,7 @@ def render(
     loss_on: str = "assistant",
     add_generation_prompt: bool = False,
     template_kwargs: dict[str, Any] | None = None,
+    source: str | None = None,
 ) -> Rendered:
     """Write a conversation with its template and say which characters are learnt.
 
@@ -68,6 +69,7 @@ def render(
             those of the completion alone); `completion`: all that follows the prompt; `all`: everything.
         add_generation_prompt: end with the header of an assistant turn; then nothing is learnt.
         template_kwargs: more variables for the template.
+        source: a template in place of the owner's.
 
     Raises:
         UserError: no template, or an unknown `loss_on`.
@@ -77,7 +79,7 @@ def render(
         raise UserError(f"loss_on is {loss_on!r}, allowed: {', '.join(LOSS_ON)}")
     extras = conversation.extras
     variables = {**(template_kwargs or {}), **row_variables(extras.get("chat_template_kwargs"), conversation.row)}
-    chat = _Chat(_template(owner, variables), conversation, row_tools(extras.get("tools"), conversation.row))
+    chat = _Chat(_template(owner, variables, source), conversation, row_tools(extras.get("tools"), conversation.row))
     if add_generation_prompt:
         return Rendered(chat.write(generation=True), [])
     return chat.learnt(loss_on)
@@ -111,6 +113,7 @@ class _Template:
     """A chat template with what it does around an assistant turn, learnt from a made-up chat.
 
     Attributes:
+        places: `image` and `video` -> the token that holds such a one's place.
         typed: contents are lists of typed parts; otherwise strings.
         marked: the template marks what the assistant says.
         header: what stands before every assistant turn and nowhere else; "" where there is no such string.
@@ -123,7 +126,7 @@ class _Template:
 
     source: str
     variables: dict[str, Any]
-    image_token: str
+    places: dict[str, str]
     typed: bool = True
     marked: bool = False
     header: str = ""
@@ -152,11 +155,11 @@ class _Template:
 
     def flat(self, message: dict) -> str:
         parts = message["content"]
-        return "".join(part["text"] if part["type"] == "text" else self.image_token for part in parts)
+        return "".join(part["text"] if part["type"] == "text" else self.places[part["type"]] for part in parts)
 
 
-def _template(owner: Any, kwargs: dict[str, Any]) -> _Template:
-    source = getattr(owner, "chat_template", None)
+def _template(owner: Any, kwargs: dict[str, Any], source: str | None) -> _Template:
+    source = source or getattr(owner, "chat_template", None)
     if isinstance(source, dict):
         source = source.get("default")
     if not source:
@@ -166,16 +169,16 @@ def _template(owner: Any, kwargs: dict[str, Any]) -> _Template:
         )
     tokenizer = getattr(owner, "tokenizer", owner)
     special = {**tokenizer.special_tokens_map, **kwargs}
-    image_token = getattr(owner, "image_token", None) or ""
-    return _learn(source, json.dumps(special, sort_keys=True, default=str), image_token, tokenizer.eos_token or "")
+    places = tuple((kind, getattr(owner, f"{kind}_token", None) or "") for kind in ("image", "video"))
+    return _learn(source, json.dumps(special, sort_keys=True, default=str), places, tokenizer.eos_token or "")
 
 
 @functools.lru_cache(maxsize=64)
-def _learn(source: str, variables: str, image_token: str, eos: str) -> _Template:
+def _learn(source: str, variables: str, places: tuple[tuple[str, str], ...], eos: str) -> _Template:
     """Find out what a template does, from a made-up chat of two questions and answers."""
     from jinja2 import TemplateError
 
-    template = _Template(source, json.loads(variables), image_token)
+    template = _Template(source, json.loads(variables), dict(places))
     q1, a1, q2, a2 = words = ("Qzj1", "Azj1", "Qzj2", "Azj2")
     roles = ("user", "assistant") * 2
     chat = [{"role": r, "content": [{"type": "text", "text": w}]} for r, w in zip(roles, words, strict=True)]

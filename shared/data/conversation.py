@@ -1,15 +1,17 @@
-"""One row as a chat with typed parts, and the images that its parts show.
+"""One row as a chat with typed parts, and the images and videos that its parts show.
 
 The public way in is `shared.data.schema.to_conversation`; which columns make which kind of data is decided there.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from shared.data.images import image_problem
+from shared.data.videos import is_frames, video_problem
 from shared.errors import DataError
 
 IMAGE_COLUMNS = ("image", "images")
@@ -30,7 +32,7 @@ class Conversation:
         prompt_messages: how many leading messages are the prompt; None where the row makes no difference (messages).
         extras: the row's other columns, among them `tools` and `chat_template_kwargs`.
         row: the row's number in its data set, for errors.
-        videos: what the video parts show, in their order.
+        videos: what the video parts show, in their order: what `decode_video` takes, undecoded.
 
     Example:
         `{"prompt": "What colour?", "completion": "red", "image": "a.png", "kind": "colour"}` gives messages
@@ -52,16 +54,17 @@ def read_conversation(row: Mapping[str, Any], index: int, prompt: str | None, an
         DataError: `row N: ...`, with the path of what is wrong and what is expected there.
     """
     images, videos = media(row, "image"), media(row, "video")
-    messages = _turns(row.get(prompt), index, prompt, "user", bool(images)) if prompt else []
+    marked = _markers(images, videos)
+    messages = _turns(row.get(prompt), index, prompt, "user", marked) if prompt else []
     prompt_messages = len(messages) if prompt else None
     if answer:
         # A lone string says who speaks only in a column that is somebody's.
         role = None if answer in ("messages", "conversations") else "assistant"
-        turns = _turns(row.get(answer), index, answer, role, bool(images))
+        turns = _turns(row.get(answer), index, answer, role, marked)
         if not any(turn["role"] == "assistant" and _says(turn) for turn in turns):
             raise DataError(f"row {index}: {answer} has no assistant turn with content, so nothing to learn")
         messages += turns
-    elif not images and not any(_says(turn) for turn in messages):
+    elif not images and not videos and not any(_says(turn) for turn in messages):
         raise DataError(f"row {index}: {prompt} is empty")
     read = {prompt, answer, *IMAGE_COLUMNS, *VIDEO_COLUMNS}
     return Conversation(
@@ -74,10 +77,18 @@ def read_conversation(row: Mapping[str, Any], index: int, prompt: str | None, an
     )
 
 
-def _turns(value: Any, index: int, column: str, role: str | None, split_markers: bool) -> list[dict[str, Any]]:
+def _markers(images: list[Any], videos: list[Any]) -> re.Pattern[str] | None:
+    """What marks a place in the text of a row: markers of what the row does not have are text as any other."""
+    kinds = [kind for kind, given in (("image", images), ("video", videos)) if given]
+    return re.compile(f"<({'|'.join(kinds)})>") if kinds else None
+
+
+def _turns(
+    value: Any, index: int, column: str, role: str | None, marked: re.Pattern[str] | None
+) -> list[dict[str, Any]]:
     """The messages in one column's value, their contents made typed parts; a string is what `role` says."""
     if isinstance(value, str) and role:
-        return [{"role": role, "content": _text_parts(value, split_markers)}]
+        return [{"role": role, "content": _text_parts(value, marked)}]
     if isinstance(value, str) or not isinstance(value, Sequence):
         expected = "a string or a list of messages" if role else "a list of messages"
         raise DataError(f"row {index}: {column} is {type_name(value)}, expected {expected}")
@@ -100,7 +111,7 @@ def _turns(value: Any, index: int, column: str, role: str | None, split_markers:
             )
         content = turn.get("content")
         if isinstance(content, str):
-            turn["content"] = _text_parts(content, split_markers)
+            turn["content"] = _text_parts(content, marked)
         elif content is None and "tool_calls" in turn:
             turn["content"] = []
         elif isinstance(content, Sequence):
@@ -133,14 +144,15 @@ def _part(part: Any, index: int, column: str, message: int, place: int) -> dict[
     return {"type": kind, "source": source, "index": part.get("index")}
 
 
-def _text_parts(text: str, split_markers: bool) -> list[dict[str, Any]]:
-    if not split_markers or "<image>" not in text:
+def _text_parts(text: str, marked: re.Pattern[str] | None) -> list[dict[str, Any]]:
+    pieces = marked.split(text) if marked else [text]
+    if len(pieces) == 1:
         return [{"type": "text", "text": text}]
     parts: list[dict[str, Any]] = []
-    for position, piece in enumerate(text.split("<image>")):
-        if position:
-            parts.append({"type": "image"})
-        if piece.strip():
+    for position, piece in enumerate(pieces):
+        if position % 2:
+            parts.append({"type": piece})
+        elif piece.strip():
             # The line break beside a marker belongs to the marker, not to what is said.
             parts.append({"type": "text", "text": piece.strip("\n")})
     return parts
@@ -172,17 +184,22 @@ def _place(messages: list[dict[str, Any]], given: list[Any], index: int, kind: s
         source = part.pop("source", None)
         part.pop("index", None)
         placed.append(next(queue) if source is None else source)
-    if kind == "image":
-        for image in placed:
-            problem = image_problem(image)
-            if problem:
-                raise DataError(f"row {index}: {problem}")
+    find_problem = image_problem if kind == "image" else video_problem
+    for item in placed:
+        problem = find_problem(item)
+        if problem:
+            raise DataError(f"row {index}: {problem}")
     return placed
 
 
 def media(row: Mapping[str, Any], kind: str) -> list[Any]:
-    """What a row has in its columns `kind` (one) and `kind`s (several), as one list."""
+    """What a row has in its columns `kind` (one, or a list of them) and `kind`s (several), as one list.
+
+    A list of image files in the column of one video is that video's frames.
+    """
     single, several = row.get(kind), row.get(f"{kind}s")
+    if kind == "video" and is_frames(single):
+        single = [single]
     items = [] if single is None else list(single) if isinstance(single, (list, tuple)) else [single]
     if several is not None:
         items += several if isinstance(several, (list, tuple)) else [several]

@@ -13,14 +13,15 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.data.conversation import IMAGE_COLUMNS, VIDEO_COLUMNS
+from shared.data.columns import media_columns
 from shared.data.images import undecoded
+from shared.data.videos import VIDEO_SUFFIXES
 from shared.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -34,23 +35,28 @@ _SPLIT_WORDS = {
 }  # fmt: skip
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_NAMED = {"file_name": "image", "file_names": "images"}  # of metadata: the columns that they become
 _CHUNK = 10_000  # rows held as Python objects at a time
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
-def load_local(path: str | os.PathLike, *, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
-    """Read a file, a folder of files, a folder of images with metadata, or what `save_to_disk` wrote.
+def load_local(
+    path: str | os.PathLike, *, streaming: bool = False, columns: Mapping[str, str] | None = None
+) -> dict[str, Dataset | IterableDataset]:
+    """Read a file, a folder of files, a folder of images or videos with metadata, or what `save_to_disk` wrote.
 
     A folder's files belong to the split that their name or folder says (`train.jsonl`, `test/part1.parquet`,
     `data/train-00000-of-00002.parquet`), else to "train". Where it has `metadata.csv`, `.jsonl` or `.parquet` files,
-    those are read, and their `file_name` is the `image`. Relative image paths start from the folder of their file.
+    those are read, and their `file_name` is the `image`, or the `video` where its ending says so. Relative paths of
+    images and videos start from the folder of their file.
 
     Args:
         path: the file or folder; it must exist.
         streaming: read rows when they are asked for instead of all at once.
+        columns: name in the data -> what the column will be called, to know paths by. Nothing is renamed here.
 
     Returns:
-        Split name -> rows, images not decoded.
+        Split name -> rows, images and videos not decoded.
 
     Raises:
         UserError: a file type that is not read here, or no data in the folder.
@@ -59,10 +65,10 @@ def load_local(path: str | os.PathLike, *, streaming: bool = False) -> dict[str,
     path = Path(path)
     with _quiet():
         if path.is_file():
-            return {"train": _read_files([path], streaming)}
+            return {"train": _read_files([path], streaming, columns)}
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _load_saved(path, streaming)
-        return {split: _read_files(files, streaming) for split, files in _find_files(path).items()}
+        return {split: _read_files(files, streaming, columns) for split, files in _find_files(path).items()}
 
 
 def align(datasets: Sequence[Dataset]) -> list[Dataset]:
@@ -118,8 +124,8 @@ def _find_files(folder: Path) -> dict[str, list[Path]]:
     found = sorted({file.suffix.lower() for file in files})
     if not found:
         raise UserError(
-            f"{folder} holds no data: give a folder with {', '.join(SUFFIXES)} files, with images and a metadata.csv "
-            "or metadata.jsonl (file_name and the other columns), or one written by save_to_disk."
+            f"{folder} holds no data: give a folder with {', '.join(SUFFIXES)} files, with images or videos and a "
+            "metadata.csv or metadata.jsonl (file_name and the other columns), or one written by save_to_disk."
         )
     if len(found) > 1:
         raise UserError(f"{folder} holds {' and '.join(found)} files, expected one type. Give one of them.")
@@ -144,21 +150,22 @@ def _is_metadata(path: Path) -> bool:
     return path.stem == "metadata"
 
 
-def _read_files(paths: Sequence[Path], streaming: bool) -> Any:
+def _read_files(paths: Sequence[Path], streaming: bool, columns: Mapping[str, str] | None) -> Any:
     from datasets import Dataset, IterableDataset, concatenate_datasets
 
     suffix = paths[0].suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(f"{paths[0]}: files of this type are not read. Supported: {', '.join(SUFFIXES)}.")
     if suffix == ".parquet":
-        tables = [_read_parquet(path, streaming) for path in paths]
+        tables = [_read_parquet(path, streaming, columns) for path in paths]
         return concatenate_datasets(tables if streaming else align(tables))
+    given = {"paths": [str(path) for path in paths], "columns": dict(columns or {})}
     if streaming:
-        return IterableDataset.from_generator(iterate_rows, gen_kwargs={"paths": [str(path) for path in paths]})
-    rows = iterate_rows([str(path) for path in paths])
+        return IterableDataset.from_generator(iterate_rows, gen_kwargs=given)
+    rows = iterate_rows(**given)
     chunks = []
     while chunk := list(islice(rows, _CHUNK)):
-        chunks.append(_as_images(Dataset.from_list(_with_all_columns(chunk), on_mixed_types="use_json")))
+        chunks.append(_as_media(Dataset.from_list(_with_all_columns(chunk), on_mixed_types="use_json"), columns))
     if not chunks:
         raise DataError(f"{', '.join(map(str, paths))}: there are no rows in it.")
     return concatenate_datasets(align(chunks))
@@ -170,7 +177,7 @@ def _with_all_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def iterate_rows(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
+def iterate_rows(paths: Iterable[str], columns: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
     """Give the rows of JSON and CSV files, image paths made absolute.
 
     CSV values stay text (a completion of "7" or "None" is what it says), but for a `label` of true, false, 1 or 0.
@@ -182,7 +189,7 @@ def iterate_rows(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
         reader = {".jsonl": _read_jsonl, ".json": _read_json}.get(path.suffix.lower(), _read_csv)
         try:
             for row in reader(path):
-                yield _resolve(row, path)
+                yield _resolve(row, path, columns)
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text: {error}") from error
 
@@ -240,15 +247,17 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
             raise DataError(f"{path} line {reader.line_num} is not CSV: {error}") from error
 
 
-def _resolve(row: dict[str, Any], path: Path) -> dict[str, Any]:
+def _resolve(row: dict[str, Any], path: Path, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Rename metadata columns, and make the paths of images and videos absolute, in columns and in parts."""
     base = os.path.abspath(path.parent)
     if _is_metadata(path):
-        for name, column in (("file_name", "image"), ("file_names", "images")):
+        for name, column in _NAMED.items():
+            column = column.replace("image", "video") if _are_videos(row.get(name)) else column
             if name in row and column not in row:
                 row[column] = row.pop(name)
+    media = media_columns(row, columns)
     for name, value in row.items():
-        if name in IMAGE_COLUMNS or name in VIDEO_COLUMNS:
+        if name in media:
             paths = [_absolute(item, base) for item in (value if isinstance(value, list) else [value])]
             several = isinstance(value, list) or (name.endswith("s") and value is not None)
             row[name] = paths if several else paths[0]
@@ -261,7 +270,16 @@ def _resolve(row: dict[str, Any], path: Path) -> dict[str, Any]:
     return row
 
 
+def _are_videos(names: Any) -> bool:
+    first = names[0] if isinstance(names, list) and names else names
+    return isinstance(first, str) and first.lower().endswith(VIDEO_SUFFIXES)
+
+
 def _absolute(value: Any, base: str) -> Any:
+    if isinstance(value, list):  # the frames of a video
+        return [_absolute(item, base) for item in value]
+    if isinstance(value, dict) and value.get("frames") is not None:
+        return value | {"frames": _absolute(value["frames"], base)}
     if isinstance(value, dict) and value.get("bytes") is None:
         return value | {"path": _absolute(value.get("path"), base)}
     if not isinstance(value, str) or "://" in value:
@@ -270,7 +288,7 @@ def _absolute(value: Any, base: str) -> Any:
     return os.path.join(base, value) if value else None
 
 
-def _read_parquet(path: Path, streaming: bool) -> Any:
+def _read_parquet(path: Path, streaming: bool, columns: Mapping[str, str] | None) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
@@ -282,32 +300,31 @@ def _read_parquet(path: Path, streaming: bool) -> Any:
     dataset = undecoded(dataset)
     names = [
         name
-        for name in (*IMAGE_COLUMNS, *VIDEO_COLUMNS, *(("file_name", "file_names") if _is_metadata(path) else ()))
+        for name in (*media_columns(dataset.features or (), columns), *(_NAMED if _is_metadata(path) else ()))
         if _holds_text((dataset.features or {}).get(name))
     ]
     if names:
-        columns = {"file_name": "image", "file_names": "images"}
-        remove = [name for name in names if name in columns]
-        dataset = dataset.map(_resolve, fn_kwargs={"path": path}, remove_columns=remove)
-    return dataset if streaming else _as_images(dataset)
+        remove = [name for name in names if name in _NAMED]
+        dataset = dataset.map(_resolve, fn_kwargs={"path": path, "columns": columns}, remove_columns=remove)
+    return dataset if streaming else _as_media(dataset, columns)
 
 
 def _holds_text(feature: Any) -> bool:
     return getattr(getattr(feature, "feature", feature), "dtype", None) in ("string", "large_string")
 
 
-def _as_images(dataset: Dataset) -> Dataset:
-    """Give columns of image paths or bytes the type of images, so that they join with other data sets' images."""
-    from datasets import Image, List
+def _as_media(dataset: Dataset, columns: Mapping[str, str] | None) -> Dataset:
+    """Give columns of paths or bytes the type of images or videos, so that they join with other data sets'."""
+    from datasets import Image, List, Video
 
-    image = Image(decode=False)
-    for name in IMAGE_COLUMNS:
-        feature = dataset.features.get(name)
+    for name, shown in media_columns(dataset.features, columns).items():
+        kind = Image(decode=False) if shown == "image" else Video(decode=False)
+        feature = dataset.features[name]
         several = isinstance(feature, List)
         inner = feature.feature if several else feature
         stored = ("string", "large_string", "binary", "large_binary", *(("null",) if several else ()))
         if getattr(inner, "dtype", None) in stored or (isinstance(inner, dict) and set(inner) == {"bytes", "path"}):
-            dataset = dataset.cast_column(name, List(image) if several else image)
+            dataset = dataset.cast_column(name, List(kind) if several else kind)
     return dataset
 
 

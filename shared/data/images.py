@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,27 +17,35 @@ from shared.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
+HEAD = 12  # of a file's bytes: so many tell what it is
 _REMOTE = ("http://", "https://", "s3://", "gs://", "hf://", "ftp://")
 
 
 def image_problem(raw: Any) -> str | None:
     """Why `raw` cannot be an image, judged without opening anything; None when it can be one."""
-    if isinstance(raw, dict):
+    if hasattr(raw, "convert"):
+        return None
+    return file_problem(raw, "image", "expected a PIL image, a path, bytes or {'bytes', 'path'}")
+
+
+def file_problem(raw: Any, what: str, expected: str) -> str | None:
+    """Why `raw` is no path, bytes or `{"bytes", "path"}` of a `what`; None when it is. Nothing is opened."""
+    if isinstance(raw, Mapping):
         if raw.get("bytes") is not None:
             return None
         raw = raw.get("path")
         if raw is None:
-            return "the image has neither bytes nor a path"
+            return f"the {what} has neither bytes nor a path"
     if isinstance(raw, str):
         if raw.startswith(_REMOTE):
             return (
-                f"image {shorten(raw)!r} is a URL, and nothing is downloaded while training: download the files once "
+                f"{what} {shorten(raw)!r} is a URL, and nothing is downloaded while training: download the files once "
                 "and put their paths in the row"
             )
-        return None if raw else "the image path is empty"
-    if isinstance(raw, (bytes, bytearray, os.PathLike)) or hasattr(raw, "convert"):
+        return None if raw else f"the {what} path is empty"
+    if isinstance(raw, (bytes, bytearray, os.PathLike)):
         return None
-    return f"an image is {type(raw).__name__}, expected a PIL image, a path, bytes or {{'bytes', 'path'}}"
+    return f"{'an' if what[0] in 'aeiou' else 'a'} {what} is {type(raw).__name__}, {expected}"
 
 
 def decode_image(
@@ -72,7 +80,7 @@ def decode_image(
 
 
 def undecoded(dataset: Any) -> Any:
-    """The same data set with its image columns, nested ones too, giving `{"bytes", "path"}` instead of decoding.
+    """The same data set, its columns of images and videos, nested ones too, giving `{"bytes", "path"}` undecoded.
 
     No data is copied. A list of rows, and a stream whose columns are not known, are returned as they are.
     """
@@ -93,10 +101,10 @@ def undecoded(dataset: Any) -> Any:
 
 
 def _undecoded_feature(feature: Any) -> Any:
-    from datasets import Image, LargeList, List
+    from datasets import Image, LargeList, List, Video
 
-    if isinstance(feature, Image):
-        return Image(decode=False)
+    if isinstance(feature, (Image, Video)):
+        return type(feature)(decode=False)
     if isinstance(feature, List):
         return List(_undecoded_feature(feature.feature), length=feature.length)
     if isinstance(feature, LargeList):
@@ -107,11 +115,11 @@ def _undecoded_feature(feature: Any) -> Any:
 
 
 def iterate_light(dataset: Any, batch_size: int = 1000) -> Iterator[dict[str, Any]]:
-    """The rows of an `undecoded` data set, image bytes in `image` and `images` replaced by `b""`.
+    """The rows of an `undecoded` data set, of the bytes of their images none and of their videos' the first few.
 
     Checking the rows of 100,000 photographs must not read the photographs.
     """
-    from datasets import Dataset, Image, List
+    from datasets import Dataset, Image, List, Video
 
     if not isinstance(dataset, Dataset):
         yield from dataset
@@ -119,9 +127,9 @@ def iterate_light(dataset: Any, batch_size: int = 1000) -> Iterator[dict[str, An
     dataset = dataset.with_format(None)
     heavy = [
         name
-        for name in ("image", "images")
-        if isinstance(getattr(dataset.features.get(name), "feature", dataset.features.get(name)), Image)
-        and isinstance(dataset.features[name], (Image, List))
+        for name in ("image", "images", "video", "videos")
+        if isinstance(getattr(dataset.features.get(name), "feature", dataset.features.get(name)), (Image, Video))
+        and isinstance(dataset.features[name], (Image, Video, List))
     ]
     others = dataset.remove_columns(heavy)
     tables = dataset.select_columns(heavy).with_format("arrow") if heavy else None
@@ -130,30 +138,26 @@ def iterate_light(dataset: Any, batch_size: int = 1000) -> Iterator[dict[str, An
         columns = others[start:stop]
         if tables is not None:
             table = tables[start:stop]
-            columns |= {name: _light(table[name].combine_chunks()) for name in heavy}
+            for name in heavy:
+                kept = HEAD if name.startswith("video") else 0
+                columns[name] = _light(table[name].combine_chunks(), kept)
         names = list(columns)
         for values in zip(*columns.values(), strict=True):
             yield dict(zip(names, values, strict=True))
 
 
-def _light(array: Any) -> list[Any]:
-    """An arrow array of images, or of lists of images, as Python values without the bytes."""
+def _light(array: Any, kept: int) -> list[Any]:
+    """An arrow array of images or videos, or of lists of them, as Python values with so many of the bytes."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if pa.types.is_struct(array.type):
         names = [array.type.field(i).name for i in range(array.type.num_fields)]
         fields = dict(zip(names, array.flatten(), strict=True))
-        return [
-            ({"bytes": b"" if full else None, "path": path}) if there else None
-            for there, full, path in zip(
-                array.is_valid().to_pylist(),
-                fields["bytes"].is_valid().to_pylist(),
-                fields["path"].to_pylist(),
-                strict=True,
-            )
-        ]
-    items = iter(_light(array.flatten()))
+        heads = pc.binary_slice(fields["bytes"], 0, kept).to_pylist()
+        files = zip(array.is_valid().to_pylist(), heads, fields["path"].to_pylist(), strict=True)
+        return [{"bytes": head, "path": path} if there else None for there, head, path in files]
+    items = iter(_light(array.flatten(), kept))
     lengths = pc.list_value_length(array).to_pylist()
     return [None if length is None else [next(items) for _ in range(length)] for length in lengths]
 
@@ -172,7 +176,7 @@ def _decode(raw: Any, max_pixels: int | None, base_dir: str | os.PathLike | None
         image = Image.open(io.BytesIO(raw))
         if max_pixels is not None and image.width * image.height > max_pixels:
             # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; never below the size asked for.
-            image.draft("RGB", _fitting(image.size, max_pixels))
+            image.draft("RGB", fitting(image.size, max_pixels))
     if 0 in image.size:
         return None
     image.load()
@@ -180,7 +184,7 @@ def _decode(raw: Any, max_pixels: int | None, base_dir: str | os.PathLike | None
         image = ImageOps.exif_transpose(image)
     image = _to_rgb(image)
     if max_pixels is not None and image.width * image.height > max_pixels:
-        image = image.resize(_fitting(image.size, max_pixels), Image.Resampling.BICUBIC)
+        image = image.resize(fitting(image.size, max_pixels), Image.Resampling.BICUBIC)
     return image
 
 
@@ -197,7 +201,8 @@ def _to_rgb(image: Any) -> Any:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _fitting(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+def fitting(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+    """The largest (width, height) of the shape of `size` that has no more than `max_pixels`."""
     scale = math.sqrt(max_pixels / (size[0] * size[1]))
     return max(1, math.floor(size[0] * scale)), max(1, math.floor(size[1] * scale))
 

@@ -1,19 +1,22 @@
 """Find data sets by name (built in, local, or on the hub), mix them, and set rows apart for evaluation.
 
-Deliberately not here: what the columns mean (schema.py) and how local files are read (files.py). No code from a data
+Deliberately not here: what the columns mean (schema.py), what is made of columns of other names (columns.py) and how
+local files are read (files.py). No code from a data
 set's repository is ever run.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from shared.data.columns import adapt, check_given
 from shared.data.files import align, load_local
 from shared.data.images import undecoded
+from shared.data.schema import column_names
 from shared.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ class Source:
         test_rows: rows it gives to evaluation.
         test_split: the split those come from; "held out" where they were taken from the training split; None: none.
         weight: its share of the mixture, of 1; None without weights.
+        adapted: what was done to its columns; None: nothing.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Source:
     test_rows: int | None
     test_split: str | None
     weight: float | None
+    adapted: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,16 @@ def load_datasets(
     streaming: bool = False,
     max_train_rows: int | None = None,
     max_eval_rows: int | None = None,
+    columns: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> LoadedData:
     """Load one data set or a mixture, images not decoded.
 
     Several data sets are joined end to end; with `weights`, each next row comes from a source drawn by weight, until
     every row of every source was used at least once (small sources repeat; nothing is cut). Columns that a source
-    lacks are None in its rows. Evaluation rows are those of each source's test split; a source without one holds
-    `eval_fraction` of its training rows out, before the mixture, so that no row is in both.
+    lacks are None in its rows, and those of other names are read as shared.data.columns says. Evaluation rows are
+    those of each source's test split; a source without one holds `eval_fraction` of its training rows out, before the
+    mixture, so that no row is in both.
 
     Args:
         names: built-in names (`builtin/...`), paths of files or folders, hub ids.
@@ -82,6 +89,7 @@ def load_datasets(
         streaming: read rows when they are asked for; nothing can be held out then.
         max_train_rows: use the first so many rows; of a mixture, rows evenly spread over it.
         max_eval_rows: the same for evaluation.
+        columns: name in the data -> the suite's name for it; where a data set has one, nothing else is made of it.
         seed: draws the mixture and the rows held out.
 
     Raises:
@@ -89,19 +97,22 @@ def load_datasets(
     """
     names = [names] if isinstance(names, str) else list(names)
     shares = _check_options(names, weights, eval_fraction, streaming, max_train_rows, max_eval_rows)
-    trains, tests, sources = [], [], []
+    trains, tests, sources, found = [], [], [], set()
     for name, share in zip(names, shares, strict=True):
-        where, splits = _find(name, config, streaming)
+        where, splits = _find(name, config, streaming, columns)
         train = _split(name, splits, train_split)
+        found.update(column_names(train))
+        train, adapted = adapt(train, columns)
         tested = _test_split(splits, train_split, test_split)
-        test = _split(name, splits, tested) if tested else None
+        test = adapt(_split(name, splits, tested), columns)[0] if tested else None
         if test is None and eval_fraction:
             train, test = _hold_out(name, train, eval_fraction, seed)
             tested = "held out"
         trains.append(train)
         if test is not None:
             tests.append(test)
-        sources.append(Source(name, where, _rows(train), _rows(test), tested, share))
+        sources.append(Source(name, where, _rows(train), _rows(test), tested, share, adapted))
+    check_given(columns, found)
     if not tests and test_split != "test":
         raise UserError(f"No data set has a split {test_split!r} to evaluate on. Leave it out, or set eval_fraction.")
     train = _mix(names, trains, None if weights is None else shares, seed)
@@ -135,7 +146,9 @@ def _check_options(
     return [weight / sum(weights) for weight in weights]
 
 
-def _find(name: str, config: str | None, streaming: bool) -> tuple[str, dict[str, Callable[[], Any]]]:
+def _find(
+    name: str, config: str | None, streaming: bool, columns: Mapping[str, str] | None
+) -> tuple[str, dict[str, Callable[[], Any]]]:
     """Where a data set is, and its splits, each as a function that gives the rows."""
     from shared import builtin
 
@@ -143,7 +156,7 @@ def _find(name: str, config: str | None, streaming: bool) -> tuple[str, dict[str
         return "builtin", {split: partial(_load_builtin, name, split, streaming) for split in builtin.SPLITS}
     path = os.path.expanduser(name)
     if os.path.exists(path):
-        where, splits = "local", load_local(path, streaming=streaming)
+        where, splits = "local", load_local(path, streaming=streaming, columns=columns)
     else:
         where, splits = "hub", _load_hub(name, config, streaming)
     return where, {split: partial(undecoded, dataset) for split, dataset in splits.items()}

@@ -44,6 +44,27 @@ class Rows(Dataset):
         return Share(self, rank, processes)
 
 
+class Extended(Rows):
+    """Rows with more columns, which were made for them.
+
+    Args:
+        rows: the rows.
+        columns: name -> one value a row, by the row's place.
+    """
+
+    def __init__(self, rows: Rows, columns: Mapping[str, Sequence[Any]]):
+        super().__init__(rows, left_out=rows.left_out)
+        self.columns = dict(columns)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], **{name: column[index] for name, column in self.columns.items()}}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        rows = self.dataset.__getitems__(indices)
+        made = ({name: column[index] for name, column in self.columns.items()} for index in indices)
+        return [{**row, **own} for row, own in zip(rows, made, strict=True)]
+
+
 class Share(Dataset):
     """Every `processes`-th row from `rank` on, filled up with marked rows so that all processes have equally many.
 

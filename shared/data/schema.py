@@ -1,7 +1,8 @@
 """What a data set's columns mean, and whether its rows can be used.
 
 The columns are the field's: `text`, `messages`, `prompt` with `completion`, `chosen` and `rejected`, ...; a value is a
-string or a list of `{"role", "content"}`, a content a string or typed parts. Vision rows add `image` or `images`.
+string or a list of `{"role", "content"}`, a content a string or typed parts. Vision rows add `image` or `images`,
+`video` or `videos`.
 
 Deliberately not here: finding and reading data sets (loading.py), templates, tokens and loss masks (chat.py). Nothing
 is downloaded, and importing this module imports neither torch nor PIL nor datasets.
@@ -27,6 +28,7 @@ from shared.data.text_checks import (
     check_unpaired,
     is_truth,
 )
+from shared.data.videos import video_size
 from shared.errors import DataError, UserError
 
 __all__ = [
@@ -124,13 +126,14 @@ def require(kind: Kind, allowed: Collection[Kind]) -> None:
 
 
 def to_conversation(row: Mapping[str, Any], index: int, kind: Kind) -> Conversation:
-    """Read a row as a chat with typed parts, its images matched to their places.
+    """Read a row as a chat with typed parts, its images and videos matched to their places.
 
-    A string prompt is a user turn, a string completion an assistant turn. Where a row has images and nothing says
-    where they go, they are put in front of the first user turn; `<image>` in the text of a row with images is a place.
+    A string prompt is a user turn, a string completion an assistant turn. Where a row has images or videos and nothing
+    says where they go, they are put in front of the first user turn; `<image>` in the text of a row with images is a
+    place, and so is `<video>` in that of a row with videos.
 
     Args:
-        row: the row, its images not decoded.
+        row: the row, its images and videos not decoded.
         index: the row's number, for errors.
         kind: MESSAGES, PROMPT_COMPLETION or PROMPT_ONLY.
 
@@ -160,6 +163,9 @@ class CheckReport:
         images: how many images were decoded.
         smallest: (width, height) of the decoded image with the fewest pixels; None without images.
         largest: (width, height) of the one with the most.
+        videos: how many videos were opened.
+        smallest_video: (width, height) of the opened video with the fewest pixels; None without videos.
+        largest_video: (width, height) of the one with the most.
         warnings: what is odd about the rows together: copies, labels that are all alike.
     """
 
@@ -169,6 +175,9 @@ class CheckReport:
     images: int = 0
     smallest: tuple[int, int] | None = None
     largest: tuple[int, int] | None = None
+    videos: int = 0
+    smallest_video: tuple[int, int] | None = None
+    largest_video: tuple[int, int] | None = None
     warnings: list[str] = field(default_factory=list)
 
     def summary(self, what: str, max_listed: int = 10) -> str:
@@ -176,10 +185,10 @@ class CheckReport:
         used = self.rows - len(self.bad)
         whole = self.kept is None and not self.bad
         text = f"{what}: {used:,} rows" if whole else f"{what}: {used:,} of {self.rows:,} rows"
-        if self.images and self.smallest == self.largest:
-            text += f", images of {_size(self.smallest)}"
-        elif self.images:
-            text += f", images of {_size(self.smallest)} to {_size(self.largest)}"
+        if self.images:
+            text += f", images of {_sizes(self.smallest, self.largest)}"
+        if self.videos:
+            text += f", videos of {_sizes(self.smallest_video, self.largest_video)}"
         if self.bad:
             listed = [f"  row {row}: {reason}" for row, reason in list(self.bad.items())[:max_listed]]
             more = [f"  and {len(self.bad) - max_listed:,} more"] if len(self.bad) > max_listed else []
@@ -187,8 +196,8 @@ class CheckReport:
         return "\n".join([text, *(f"  note: {warning}" for warning in self.warnings)])
 
 
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"
+def _sizes(smallest: tuple[int, int], largest: tuple[int, int]) -> str:
+    return " to ".join(f"{width}×{height}" for width, height in dict.fromkeys([smallest, largest]))
 
 
 def check_rows(
@@ -201,13 +210,14 @@ def check_rows(
     max_listed: int = 10,
     text_field: str = "text",
 ) -> CheckReport:
-    """Check the structure of every row, and decode the images of the first ones.
+    """Check the structure of every row, decode the images of the first ones and open their videos.
 
     Args:
         dataset: a `datasets.Dataset`, a list of rows, or a stream, of which the first 100 rows are checked.
         kind: what the rows are, see `detect_kind`.
         on_bad_row: "error" raises on any bad row; "skip" reports the rows that can be used.
-        check_images: in how many leading rows the images are decoded; the others are first decoded when they are used.
+        check_images: in how many leading rows the images are decoded, and the first frame of each video; the others
+            are first decoded when they are used.
         what: the name of the data, for errors.
         max_listed: how many bad rows an error lists.
         text_field: the column of plain text.
@@ -226,60 +236,78 @@ def check_rows(
     rows, census = 0, Census(text_field)
     for rows, row in enumerate(iterate_light(dataset), start=1):
         try:
-            _images_of(row, rows - 1, kind, text_field)
+            _media_of(row, rows - 1, kind, text_field)
             census.add(row)
         except DataError as error:
             bad[rows - 1] = _reason(error)
     if not rows:
         raise DataError(f"The {what} data is empty: it has no rows.")
-    sizes = _decode_first(dataset, kind, min(check_images, rows), bad)
+    sizes, video_sizes = _decode_first(dataset, kind, min(check_images, rows), bad)
     if bad and (on_bad_row == "error" or len(bad) == rows):
         raise DataError(describe_bad(bad, rows, what, max_listed, skipping=on_bad_row == "skip"))
-    sizes.sort(key=lambda size: size[0] * size[1])
     return CheckReport(
         rows=rows,
         kept=[index for index in range(rows) if index not in bad] if bad and not streamed else None,
         bad=dict(sorted(bad.items())),
         images=len(sizes),
-        smallest=sizes[0] if sizes else None,
-        largest=sizes[-1] if sizes else None,
+        smallest=min(sizes, key=_pixels, default=None),
+        largest=max(sizes, key=_pixels, default=None),
+        videos=len(video_sizes),
+        smallest_video=min(video_sizes, key=_pixels, default=None),
+        largest_video=max(video_sizes, key=_pixels, default=None),
         warnings=census.warnings(),
     )
 
 
-def _images_of(row: Mapping[str, Any], index: int, kind: Kind, text_field: str = "text") -> list[Any]:
-    """Check one row's structure; returns its images, undecoded."""
-    if kind in _CHATS:
-        return to_conversation(row, index, kind).images
+def _pixels(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _media_of(row: Mapping[str, Any], index: int, kind: Kind, text_field: str = "text") -> tuple[list[Any], list[Any]]:
+    """Check one row's structure; returns its images and its videos, undecoded."""
     if kind is Kind.LANGUAGE_MODELING:
         check_text(row, index, text_field)
-        return media(row, "image")
+        return media(row, "image"), media(row, "video")
     if kind is Kind.TOKENS:
         check_tokens(row, index)
-        return []
-    check = {Kind.PREFERENCE: check_pair, Kind.UNPAIRED: check_unpaired, Kind.STEPWISE: check_steps}[kind]
-    return check(row, index).images
+        return [], []
+    if kind in _CHATS:
+        conversation = to_conversation(row, index, kind)
+    else:
+        check = {Kind.PREFERENCE: check_pair, Kind.UNPAIRED: check_unpaired, Kind.STEPWISE: check_steps}[kind]
+        conversation = check(row, index)
+    return conversation.images, conversation.videos
 
 
-def _decode_first(dataset: Any, kind: Kind, count: int, bad: dict[int, str]) -> list[tuple[int, int]]:
-    """Decode the images of the first `count` rows, adding what fails to `bad`; returns their sizes."""
+def _decode_first(
+    dataset: Any, kind: Kind, count: int, bad: dict[int, str]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Decode the images of the first `count` rows and open their videos, adding what fails to `bad`.
 
-    def decode(index: int, images: list[Any]) -> list[tuple[int, int]]:
+    Returns the images' sizes, and the videos'.
+    """
+
+    def decode(index: int, found: tuple[list[Any], list[Any]]) -> list[list[tuple[int, int]]]:
+        images, videos = found
         try:
-            return [decode_image(image, row=index).size for image in images]
+            return [
+                [decode_image(image, row=index).size for image in images],
+                [video_size(video, row=index) for video in videos],
+            ]
         except DataError as error:
             bad[index] = _reason(error)
-            return []
+            return [[], []]
 
-    sizes: list[tuple[int, int]] = []
+    sizes: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
     indices = [index for index in range(count) if index not in bad]
     # In portions, so that no more than one portion's encoded images are in memory at a time.
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(indices), 64):
             portion = indices[start : start + 64]
-            images = [_images_of(dataset[index], index, kind) for index in portion]
-            for found in pool.map(decode, portion, images):
-                sizes += found
+            found = [_media_of(dataset[index], index, kind) for index in portion]
+            for of_row in pool.map(decode, portion, found):
+                for known, new in zip(sizes, of_row, strict=True):
+                    known += new
     return sizes
 
 

@@ -11,9 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,6 @@ from shared.data.tokens import Ragged, TokenTable
 
 _META = "table.json"
 _BATCH = 10_000  # rows hashed at a time
-
-
-def cache_folder(what: str = "tokens") -> Path:
-    """The folder that holds one kind of cached results."""
-    given = os.environ.get("TRIALIGN_CACHE")
-    if given:
-        return Path(os.path.expanduser(given)) / what
-    home = os.path.expanduser("~")
-    if home == "~":  # a user without a name and a home, as in some containers
-        return Path(tempfile.gettempdir()) / f"trialign-{os.getuid()}" / what
-    return Path(home) / ".cache" / "trialign" / what
 
 
 def table_key(*parts: str) -> str:
@@ -145,17 +133,3 @@ def save_table(path: Path, table: TokenTable, notes: dict[str, Any]) -> None:
             os.rename(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Make the other processes of this machine wait while one of them makes the table.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
-    from filelock import FileLock
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(path.name + ".lock")):
-        yield

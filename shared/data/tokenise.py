@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from shared.cache import cache_folder, locked
 from shared.data.encoding import Asked, Batch, Tokeniser
 from shared.data.rows import Rows
 from shared.data.schema import describe_bad
-from shared.data.token_cache import cache_folder, data_fingerprint, load_table, locked, save_table, table_key
+from shared.data.token_cache import data_fingerprint, load_table, save_table, table_key
 from shared.data.tokens import TokenTable
 from shared.errors import DataError, UserError
 

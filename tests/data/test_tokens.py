@@ -9,9 +9,10 @@ import pickle
 import numpy as np
 import pytest
 
+from shared.cache import cache_folder, locked
 from shared.data.rows import PADDING, ROW, Rows
 from shared.data.sampler import length_grouped_order
-from shared.data.token_cache import cache_folder, data_fingerprint, load_table, locked, save_table
+from shared.data.token_cache import data_fingerprint, load_table, save_table
 from shared.data.tokens import Ragged, TokenTable
 
 
