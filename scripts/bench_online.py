@@ -25,11 +25,12 @@ import math
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from bench_sides import blocks_in_turns, check_same, figure_of, median, write_figures
 
 from shared.errors import UserError
 from shared.runtime.command import run_command
@@ -146,96 +147,30 @@ def prepare(setting: dict[str, Any], folder: Path, options: Any) -> None:
 # ---- Measuring ------------------------------------------------------------------------------------------------------
 
 
-class Worker:
-    """One of those that train, in its own process, standing still between blocks."""
-
-    def __init__(self, by: str, python: str, folder: Path, options: Any):
-        self.by, self.errors = by, folder / f"{by}.log"
-        threads = {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [python, str(WORKER), by, str(folder)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, **threads, "HF_HUB_OFFLINE": "1"},
-            )
-        self.answer()
-
-    def answer(self) -> dict[str, float]:
-        """What the worker says next.
-
-        Raises:
-            UserError: it ended; with its last words.
-        """
-        line = self.process.stdout.readline()
-        if not line:
-            words = self.errors.read_text(encoding="utf-8").strip().splitlines()[-3:]
-            raise UserError(f"{self.by} failed: {' / '.join(words)}")
-        return json.loads(line)
-
-    def block(self) -> dict[str, float]:
-        """Make a block of steps."""
-        print("go", file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def end(self) -> None:
-        self.process.stdin.close()
-        self.process.stdout.close()
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
-
 def figures_of(setting: dict[str, Any], options: Any) -> list[dict[str, Any]]:
     """One record for each of those that train."""
     pythons = {"ours": sys.executable} | ({"trl": options.trl_python} if options.trl_python else {})
     pythons["floor"] = sys.executable
     with tempfile.TemporaryDirectory() as name:
         prepare(setting, Path(name), options)
-        workers: list[Worker] = []
-        try:
-            for by, python in pythons.items():
-                workers.append(Worker(by, python, Path(name), options))
-            for _ in range(math.ceil(2 / options.block_steps)):  # the given completions, and the first written ones
-                first = {worker.by: worker.block() for worker in workers}
-            _compare(first)
-            told: dict[str, list[dict]] = {worker.by: [] for worker in workers}
-            for _ in range(options.blocks):
-                for worker in workers:
-                    told[worker.by].append(worker.block())
-        finally:
-            for worker in workers:
-                worker.end()
-    return [_figure(setting, by, blocks, told["ours"], options) for by, blocks in told.items()]
+        told = blocks_in_turns(
+            WORKER,
+            pythons,
+            Path(name),
+            warm=math.ceil(2 / options.block_steps),  # the given completions, and the first written ones
+            blocks=options.blocks,
+            threads=options.threads,
+            check=lambda first: check_same(first, {"loss": 5e-3, "grad_norm": 5e-3}),
+        )
+    return [_figure(setting, by, told, options) for by in told]
 
 
-def _compare(first: dict[str, dict[str, float]]) -> None:
-    for by, theirs in first.items():
-        for name in ("loss", "grad_norm"):
-            ours, other = first["ours"][name], theirs[name]
-            assert abs(ours - other) < 1e-5 + 5e-3 * abs(other), f"{name} differs: ours {ours}, {by} {other}"
-
-
-def _figure(setting: dict, by: str, blocks: list[dict], ours: list[dict], options: Any) -> dict[str, Any]:
-    def median(values: Any) -> float:
-        return statistics.median(values)
-
-    steps = options.block_steps
-    ratios = [their["seconds"] / own["seconds"] for their, own in zip(blocks, ours, strict=True)]
-    mib, own = (max(block["mib"] for block in each) for each in (blocks, ours))
-    return {
-        **setting, "by": by,
-        "seconds": median(block["seconds"] for block in blocks) / steps,
-        "generation": median(block["generation"] for block in blocks) / steps,
-        "update": median(block["seconds"] - block["generation"] for block in blocks) / steps,
-        "tokens": median(block["tokens"] for block in blocks) / steps,
-        "time_ratio": median(ratios), "time_ratios": ratios, "mib": mib, "memory_ratio": mib / own,
-        "rows": options.rows, "blocks": options.blocks, "threads": options.threads,
-        "load_average": os.getloadavg()[0],
-    }  # fmt: skip
+def _figure(setting: dict, by: str, told: dict[str, list[dict]], options: Any) -> dict[str, Any]:
+    generation, tokens = (median(told[by], name) / options.block_steps for name in ("generation", "tokens"))
+    updates = [block["seconds"] - block["generation"] for block in told[by]]
+    update = statistics.median(updates) / options.block_steps
+    figure = figure_of(by, told, options)
+    return {**setting, **figure, "generation": generation, "update": update, "tokens": tokens, "rows": options.rows}
 
 
 def main() -> None:
@@ -253,8 +188,7 @@ def main() -> None:
         f"Medians of {options.blocks} blocks; {options.threads} of {os.cpu_count()} cores; {options.rows} rows. "
         "Ratios: to the time and memory of the trainer here."
     )
-    if options.output:
-        Path(options.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_figures(figures, options.output)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ It is started by bench_online.py, in the interpreter that has what it needs, and
 for the trainer here. A line on standard input lets it make a block of steps; a line of JSON on standard output tells
 how long they took. The completions of its very first step are given, so that all train on the same ones.
 
-    python scripts/bench_online_worker.py bare FOLDER
+    python scripts/bench_online_worker.py floor FOLDER
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_turns import Turns, answering
 from torch import Tensor, nn
 
 LR = 1e-6
@@ -29,85 +29,15 @@ def parity(completions: list[Any], completion_ids: list[Any], **columns: Any) ->
     return [sum(int(token) % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
-# ---- Taking turns ---------------------------------------------------------------------------------------------------
+def counting(turns: Turns, generate: Callable) -> Callable:
+    """`generate`, which gives completions as lists of tokens first, with its time and its tokens counted."""
 
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        made = generate(*args, **kwargs)
+        turns.counted["tokens"] += sum(map(len, made[0] if isinstance(made, tuple) else made.ids))
+        return made
 
-class Turns:
-    """Waits for its turn, counts the steps of a block and tells their time.
-
-    Args:
-        said: what is read by the other side.
-        steps: of a block.
-        device: of the model.
-    """
-
-    def __init__(self, said: Any, steps: int, device: torch.device):
-        self.said, self.steps, self.device = said, steps, device
-        self.resident = 0
-        self.history: Callable[[], dict[str, float]] = dict
-
-    def begin(self) -> None:
-        """Tell that all is ready, and make the first block when it is time."""
-        if self.device.type == "cuda":
-            self.resident = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the loading's
-            self.resident = _memory("VmRSS")
-        self._tell({})
-
-    def _tell(self, what: dict[str, Any]) -> None:
-        print(json.dumps(what), file=self.said, flush=True)
-        if sys.stdin.readline().strip() != "go":
-            os._exit(0)
-        self.made, self.generation, self.tokens = 0, 0.0, 0
-        self.started = self._clock()
-
-    def step(self) -> None:
-        """Called at the end of each step."""
-        self.made += 1
-        if self.made == self.steps:
-            seconds = self._clock() - self.started
-            cuda = self.device.type == "cuda"
-            peak = torch.cuda.max_memory_allocated() if cuda else _memory("VmHWM")
-            told = {"seconds": seconds, "generation": self.generation, "tokens": self.tokens}
-            self._tell({**told, "mib": (peak - self.resident) / 2**20, **self.history()})
-
-    def timed(self, generate: Callable) -> Callable:
-        """`generate`, which gives completions as lists of tokens first, with its time and its tokens counted."""
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            started = self._clock()
-            made = generate(*args, **kwargs)
-            self.generation += self._clock() - started
-            self.tokens += sum(map(len, made[0] if isinstance(made, tuple) else made.ids))
-            return made
-
-        return wrapped
-
-    def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def watch(self, trainer: Any) -> None:
-        """Have a trainer call `step`, and tell what it logged for its first step."""
-        from transformers import TrainerCallback
-
-        class Step(TrainerCallback):
-            def on_step_end(_, args, state, control, **kwargs):
-                self.step()
-
-        def history() -> dict[str, float]:
-            logged = next((entry for entry in trainer.state.log_history if "loss" in entry), {})
-            return {name: float(logged[name]) for name in ("loss", "grad_norm") if name in logged}
-
-        trainer.add_callback(Step())
-        self.history = history
-
-
-def _memory(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
+    return turns.timed("generation", wrapped)
 
 
 # ---- Those that train -----------------------------------------------------------------------------------------------
@@ -142,7 +72,7 @@ def train_here(model: Any, tokenizer: Any, rows: list[dict], setting: dict, fold
     torch.set_num_threads(setting["threads"])
     engine, given = trainer.actor.engine, [torch.tensor(ids) for ids in setting["given"]]
     ended = [ids[-1] == tokenizer.eos_token_id for ids in setting["given"]]
-    engine.generate = turns.timed(first_given(engine.generate, Completions(given, None, ended)))
+    engine.generate = counting(turns, first_given(engine.generate, Completions(given, None, ended)))
     turns.watch(trainer)
     turns.begin()
     trainer.train()
@@ -157,7 +87,7 @@ def train_by_trl(model: Any, tokenizer: Any, rows: list[dict], setting: dict, fo
     trainer = GRPOTrainer(model, parity, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     torch.set_num_threads(setting["threads"])
     generate = trainer._generate_single_turn
-    trainer._generate_single_turn = turns.timed(first_given(generate, (setting["given"], None)))
+    trainer._generate_single_turn = counting(turns, first_given(generate, (setting["given"], None)))
     turns.watch(trainer)
     turns.begin()
     trainer.train()
@@ -173,7 +103,7 @@ def train_bare(model: Any, tokenizer: Any, rows: list[dict], setting: dict, fold
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     first: dict[str, float] = {}
     turns.history = lambda: first
-    generate = turns.timed(first_given(bare_completions, (setting["given"],)))
+    generate = counting(turns, first_given(bare_completions, (setting["given"],)))
     turns.begin()
     for ids, mask in itertools.cycle(drawn(prompts, setting, model.device)):
         model.eval()
@@ -230,8 +160,7 @@ TRAIN = {"ours": train_here, "trl": train_by_trl, "floor": train_bare}
 
 def main() -> None:
     by, folder = sys.argv[1], Path(sys.argv[2])
-    said = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print is no answer
+    said = answering()
     setting = json.loads((folder / "setting.json").read_text(encoding="utf-8"))
     torch.set_num_threads(setting["threads"])
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -15,6 +15,7 @@ from tiny_templates import (
     LLAVA_TEMPLATE,
     MLLAMA_TEMPLATE,
     NEXT_TEMPLATE,
+    ONEVISION_TEMPLATE,
 )
 
 HIDDEN = 32
@@ -94,21 +95,23 @@ def _llava():
     return t.LlavaForConditionalGeneration, config, processor
 
 
+_PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+
+
 def _llava_next():
     import transformers as t
 
     tokenizer = build_tokenizer(["<image>"], bos="<s>", eos="</s>", pad="<pad>", named={"image_token": "<image>"})
-    pinpoints = [[16, 32], [32, 16], [32, 32]]
     config = t.LlavaNextConfig(
         vision_config=t.CLIPVisionConfig(**_vision(image_size=16)),
         text_config=t.LlamaConfig(**_text(tokenizer)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=pinpoints,
+        image_grid_pinpoints=_PINPOINTS,
         vision_feature_layer=-1,
     )
     processor = t.LlavaNextProcessor(
         t.LlavaNextImageProcessor(
-            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=pinpoints
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=_PINPOINTS
         ),
         tokenizer,
         patch_size=8,
@@ -117,6 +120,60 @@ def _llava_next():
         chat_template=NEXT_TEMPLATE,
     )
     return t.LlavaNextForConditionalGeneration, config, processor
+
+
+_SHOWN = {"image_token": "<image>", "video_token": "<video>"}
+
+
+def _llava_next_video():
+    import transformers as t
+
+    tokenizer = build_tokenizer([*_SHOWN.values()], bos="<s>", eos="</s>", pad="<pad>", named=_SHOWN)
+    config = t.LlavaNextVideoConfig(
+        vision_config=t.CLIPVisionConfig(**_vision()),
+        text_config=t.LlamaConfig(**_text(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+        vision_feature_layer=-1,
+    )
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor = t.LlavaNextVideoProcessor(
+        t.LlavaNextVideoVideoProcessor(**size),
+        t.LlavaNextImageProcessor(**size, image_grid_pinpoints=config.image_grid_pinpoints),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=NEXT_TEMPLATE,
+    )
+    return t.LlavaNextVideoForConditionalGeneration, config, processor
+
+
+def _llava_onevision():
+    import transformers as t
+
+    tokenizer = build_tokenizer(
+        ["<|im_start|>", "<|im_end|>", *_SHOWN.values()], bos=None, eos="<|im_end|>", pad="<|endoftext|>", named=_SHOWN
+    )
+    config = t.LlavaOnevisionConfig(
+        vision_config=t.SiglipVisionConfig(**_vision(image_size=16, vision_use_head=False)),
+        text_config=t.Qwen2Config(**_text(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=_PINPOINTS,
+        vision_feature_layer=-1,
+    )
+    size = {"size": {"height": 16, "width": 16}}
+    processor = t.LlavaOnevisionProcessor(
+        t.LlavaOnevisionImageProcessor(**size, image_grid_pinpoints=_PINPOINTS),
+        tokenizer,
+        t.LlavaOnevisionVideoProcessor(**size),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template=ONEVISION_TEMPLATE,
+    )
+    return t.LlavaOnevisionForConditionalGeneration, config, processor
 
 
 _IDEFICS_TOKENS = [
@@ -323,6 +380,8 @@ def _paligemma():
 _BUILDERS: dict[str, Callable] = {
     "llava": _llava,
     "llava_next": _llava_next,
+    "llava_next_video": _llava_next_video,
+    "llava_onevision": _llava_onevision,
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
     "gemma3": _gemma3,

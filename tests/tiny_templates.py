@@ -1,4 +1,4 @@
-"""Chat templates in the shapes of the real ones; only LLaVA's marks what the assistant says."""
+"""Chat templates in the shapes of the real ones; only LLaVA's and LLaVA-OneVision's mark what the assistant says."""
 
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
@@ -22,8 +22,17 @@ CHATML_TEMPLATE = (
 )
 NEXT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %} [/INST]"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %} [/INST]"
     "{% else %} {{ message['content'][0]['text'] }}</s>{% endif %}{% endfor %}"
+)
+ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for kind in ('image', 'video') %}{% for part in message['content'] if part['type'] == kind %}"
+    "{{ '<' + kind + '>\n' }}{% endfor %}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] }}{% endgeneration %}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 IDEFICS_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"

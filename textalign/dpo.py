@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from shared.errors import UserError
-from shared.objectives.preference import pair_objective
-from shared.trainers.preference import PairedTrainer
+from shared.trainers.preference import PairedTrainer, dpo_objective
 from textalign.config import TextConfig
 from textalign.preference import TextReferenceTrainer
 from textalign.preference_options import DPOOptions
@@ -34,16 +32,4 @@ class DPOTrainer(TextReferenceTrainer, PairedTrainer):
     config_class = DPOConfig
 
     def objective_options(self, args: DPOConfig) -> dict[str, Any]:
-        if args.ld_alpha is not None and not 0 <= args.ld_alpha <= 1:
-            raise UserError(f"ld_alpha {args.ld_alpha}: must be at least 0 and at most 1 (plain DPO).")
-        objective = pair_objective(
-            args.loss_type,
-            args.loss_weights,
-            beta=args.beta,
-            label_smoothing=args.label_smoothing,
-            discopop_tau=args.discopop_tau,
-            f_divergence=args.f_divergence_type,
-            f_alpha=args.f_alpha_divergence_coef,
-            use_weighting=args.use_weighting,
-        )
-        return {"objective": objective}
+        return {"objective": dpo_objective(args)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -10,10 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from shared.data.collators import PairCollator
 from shared.data.schema import Kind
-from shared.errors import UserError
 from shared.policies.token import TokenPolicy
-from shared.trainers.judging import Judge, load_judge
-from shared.trainers.preference import PreferenceTrainer
+from shared.trainers.judging import Judge
+from shared.trainers.preference import PreferenceTrainer, check_arguments
 from textalign.preparing import TextRun, load_text_model, prepare_text
 from textalign.referenced import TextReference
 
@@ -33,7 +32,7 @@ class TextPreferenceTrainer(PreferenceTrainer):
         preprocess_logits_for_metrics, compute_metrics: not taken, since whole logits never exist.
         peft_config: puts this adapter on the model; a folder or hub id of an adapter goes on training that one.
         quantization_config: as `from_pretrained`, where the model is given by name.
-        judge: `f(prompt, answer) -> number`, scores generated answers; `args.judge` where None.
+        judge: `f(prompt, answer) -> number`, scores generated answers, or several such; `args.judge` where None.
 
     Raises:
         UserError: options that cannot be followed; a model none of whose weights is trained.
@@ -61,22 +60,11 @@ class TextPreferenceTrainer(PreferenceTrainer):
         compute_metrics: Callable | None = None,
         *,
         quantization_config: Any = None,
-        judge: Judge | None = None,
+        judge: Judge | Sequence[Judge] | None = None,
     ):
-        for name, value in (
-            ("compute_metrics", compute_metrics),
-            ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
-        ):
-            if value is not None:
-                raise UserError(f"{name} is not taken: whole logits never exist here. Evaluation has its metrics.")
-        if model_init is not None:
-            raise UserError("model_init is not taken: give the model, or its name, as model.")
+        check_arguments(compute_metrics, preprocess_logits_for_metrics, model_init)
         args = self.config_class.of(args)
-        try:
-            objective = self.objective_options(args)
-        except ValueError as error:  # an objective's own words for its options
-            raise UserError(str(error)) from error
-        judge = load_judge(args.judge) if judge is None else judge
+        objective, judges = self.asked_for(args, judge)
         limits = {"max_prompt_length": args.max_prompt_length, "max_completion_length": args.max_completion_length}
         self.run = run = prepare_text(
             model,
@@ -95,7 +83,7 @@ class TextPreferenceTrainer(PreferenceTrainer):
             args,
             policy=TokenPolicy(model, share_prefix=args.share_prefix),
             asking=run,
-            judge=judge,
+            judges=judges,
             data_collator=data_collator or self.collator(run, args),
             train_dataset=run.train,
             eval_dataset=run.held_out,
@@ -106,10 +94,6 @@ class TextPreferenceTrainer(PreferenceTrainer):
             **objective,
         )
         run.tell(self)
-
-    def objective_options(self, args: Any) -> dict[str, Any]:
-        """What PairedTrainer or UnpairedTrainer takes of the objective. Bad options are told here, before all else."""
-        raise NotImplementedError
 
     def collator(self, run: TextRun, args: Any) -> Callable:
         """Makes batches of token rows."""
@@ -152,7 +136,7 @@ class TextReferenceTrainer(TextReference, TextPreferenceTrainer):
         peft_config: Any = None,
         *,
         preprocess_logits_for_metrics: Callable | None = None,
-        judge: Judge | None = None,
+        judge: Judge | Sequence[Judge] | None = None,
     ):
         args = self.config_class.of(args)
         self.take_reference(model, ref_model, args, train_dataset=train_dataset, peft_config=peft_config)

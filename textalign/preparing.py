@@ -22,15 +22,21 @@ from shared.data.tokenise import Tokeniser, TokenSummary, tokenise, tokenise_str
 from shared.data.tokens import TokenTable
 from shared.errors import UserError
 from shared.runtime.adapters import attach_adapter, training_tokens
-from shared.runtime.models import Head, load_config, load_model, load_processor, position_limit, without_dropout
+from shared.runtime.models import (
+    HUB_OPTIONS,
+    Head,
+    load_config,
+    load_model,
+    load_processor,
+    position_limit,
+    without_dropout,
+)
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import Answer
 from shared.trainers.config import AlignConfig
 from shared.trainers.datasets import check_evaluation, check_steps, checked_rows, held_out_rows, kind_of
 from shared.trainers.offline import OfflineTrainer
 from textalign.options import TextOptions
-
-HUB_OPTIONS = ("revision", "trust_remote_code")
 
 
 @dataclass

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.data.collators import PairCollator
 from shared.data.schema import Kind
-from shared.errors import UserError
-from shared.trainers.scoring import PairRewardTrainer
+from shared.trainers.score_heads import pad_apart
+from shared.trainers.scoring import PairRewardConfig, PairRewardTrainer
 from textalign.config import TextConfig
 from textalign.preparing import TextRun
 from textalign.reward_options import RewardOptions
@@ -22,15 +22,10 @@ from textalign.scoring import TextScoringTrainer
 
 
 @dataclass
-class RewardConfig(RewardOptions, TextConfig):
+class RewardConfig(RewardOptions, PairRewardConfig, TextConfig):
     """Options of RewardTrainer: RewardOptions and transformers.TrainingArguments."""
 
     run_name_stem: ClassVar[str] = "reward_modeling"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if (self.center_rewards_coefficient or 0.0) < 0:
-            raise UserError(f"center_rewards_coefficient {self.center_rewards_coefficient}: must be at least 0.")
 
 
 class RewardTrainer(TextScoringTrainer, PairRewardTrainer):
@@ -65,20 +60,3 @@ class RewardTrainer(TextScoringTrainer, PairRewardTrainer):
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         prompt, chosen, rejected = (self.text.tokenizer.decode(row[n], skip_special_tokens=True) for n in names)
         return prompt, chosen, rejected
-
-
-def pad_apart(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Pad with a token that ends no text, where the tokenizer has one.
-
-    transformers reads a row's score at its last token that is not the pad token: padded with the token that ends a
-    text, it would not look at the end of an answer, which tells a finished one from one that was cut.
-    """
-    if tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return
-    template = str(tokenizer.chat_template or "")
-    in_use = {tokenizer.eos_token, tokenizer.bos_token}
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for token in [tokenizer.unk_token, *special]:
-        if token is not None and token not in in_use and token not in template:
-            tokenizer.pad_token = token
-            return

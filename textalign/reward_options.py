@@ -5,21 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shared.runtime.options import option
+from shared.trainers.scoring_options import PairRewardOptions
 from textalign.options import TextOptions
 
 
 @dataclass
-class RewardOptions(TextOptions):
+class RewardOptions(PairRewardOptions, TextOptions):
     """Reward modelling."""
-
-    learning_rate: float = option(1e-4, "Peak learning rate of AdamW.")
-    center_rewards_coefficient: float | None = option(
-        None, "Weight of the squared sum of a pair's rewards, which keeps them near 0 (0.01 is usual). Unset: 0."
-    )
-    disable_dropout: bool = option(True, "Train without dropout.")
-    share_prefix: bool = option(
-        True, "Run each prompt once for both of its answers, where the model can; the result is the same."
-    )
 
 
 @dataclass

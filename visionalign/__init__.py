@@ -11,11 +11,17 @@ if getattr(shared, "SUITE", None) != "trialign":
 __getattr__, __dir__, __all__ = shared.lazy_exports(
     __name__,
     {
+        "VLMDPOConfig": "visionalign.preference",
+        "VLMDPOTrainer": "visionalign.preference",
         "VLMGRPOConfig": "visionalign.policy_gradient",
         "VLMGRPOTrainer": "visionalign.policy_gradient",
+        "VLMRewardConfig": "visionalign.reward",
+        "VLMRewardModel": "visionalign.rewards",
+        "VLMRewardTrainer": "visionalign.reward",
         "VLMSFTConfig": "visionalign.sft",
         "VLMSFTTrainer": "visionalign.sft",
         "VLMCollator": "visionalign.collators",
+        "VLMPairCollator": "visionalign.pairs",
         "family_of": "visionalign.families",
     },
 )

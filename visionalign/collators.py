@@ -1,10 +1,11 @@
-"""Rows of images and chat to batches: what the model sees, and which of its tokens are learnt.
+"""Rows of images, videos and chat to batches: what the model sees, and which of its tokens are learnt.
 
-The processor is called once for a batch and stays opaque: nothing is known here of how a family lays out its images
-beyond its row in families.py. Learnt are the characters that shared.data.chat names, moved to where the processor's
-image placeholders push them; placeholders, the tokens around images, padding and a row's first token never are.
+The processor is called once for a batch (processing.py) and stays opaque: nothing is known here of how a family lays
+out its images beyond its row in families.py. Learnt are the characters that shared.data.chat names, moved to where the
+processor's placeholders push them; placeholders, the tokens and words around images and frames, padding and a row's
+first token never are.
 
-Deliberately not here: video, packing, preference pairs.
+Deliberately not here: packing, preference pairs.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from shared.data.schema import Kind
 from shared.errors import DataError, UserError
 from shared.policies.base import GroupedBatch
 from visionalign.families import FAMILIES, TOKEN, Family, placeholder_ids
+from visionalign.processing import Processing, as_tensor, extras_of
 from visionalign.reading import Item, Reader, row_number
+from visionalign.video import VideoReader, video_reader
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
-
-_NOT_INPUTS = ("input_ids", "attention_mask", "labels", "offset_mapping", "text_replacement_offsets")
 
 
 @dataclass
@@ -57,6 +58,8 @@ class VLMCollator:
         pad_to_multiple_of: pad the token dimension to a multiple of this.
         always_image: give a batch without any image one more row with a tiny blank one and nothing to learn: where an
             engine shards the vision tower, all processes have to run it.
+        always_video: likewise for batches without video, of families whose videos go through the tower apart.
+        videos: how videos are read; None: as the family usually does.
         template_kwargs: more variables for the chat template.
 
     Attributes:
@@ -80,6 +83,8 @@ class VLMCollator:
         on_bad_row: str = "error",
         pad_to_multiple_of: int | None = None,
         always_image: bool = False,
+        always_video: bool = False,
+        videos: VideoReader | None = None,
         template_kwargs: dict[str, Any] | None = None,
     ):
         if on_bad_row not in ("error", "skip"):
@@ -91,10 +96,13 @@ class VLMCollator:
             loss_on=loss_on,
             max_pixels=max_pixels,
             template_kwargs=template_kwargs,
+            videos=videos or video_reader(family, processor),
         )
+        self.process = Processing(processor, self.reader)
         self.processor, self.family, self.kind = processor, family, kind
         self.max_length, self.on_bad_row = max_length, on_bad_row
         self.pad_to_multiple_of, self.always_image = pad_to_multiple_of, always_image
+        self.always_video = always_video and family.video_passes
         self.skipped: dict[int, str] = {}
         self.truncated: dict[int, int] = {}
         tokenizer = processor.tokenizer
@@ -137,9 +145,9 @@ class VLMCollator:
             DataError: naming the row, whatever `on_bad_row` says: answers must stay beside their rows.
         """
         asked = [self.reader.ask(row, at) for at, row in enumerate(rows)]
-        out = self._process([item for item, _ in asked], side="left")
-        inputs = {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"], **_extras(out)}
-        return {name: _tensor(value) for name, value in inputs.items()}, [answer for _, answer in asked]
+        out = self.process([item for item, _ in asked], side="left")
+        inputs = {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"], **extras_of(out)}
+        return {name: as_tensor(value) for name, value in inputs.items()}, [answer for _, answer in asked]
 
     def _sift(self, numbers: Sequence[int], work: Callable[[int], Item]) -> list[Item]:
         """The results of `work` on 0, 1, …; where it finds a row bad, `on_bad_row` says what happens."""
@@ -156,11 +164,12 @@ class VLMCollator:
     def _attempt(self, items: list[Item]) -> GroupedBatch | list[Item]:
         """The batch of the items, or those of them that are good."""
         real = len(items)
-        if self.always_image and not any(item.images for item in items):
-            items = [*items, self.reader.blank()]
+        missing = self._missing(items)
+        if missing:
+            items = [*items, self.reader.blank(*missing)]
         numbers = [item.row for item in items[:real]]
         try:
-            out = self._process(items, side="right")
+            out = self.process(items, side="right")
         # A processor may fail on an image in any way: a side too short, an aspect too long.
         except Exception as error:
             good = self._sift(numbers, lambda at: self._alone(items[at]))
@@ -169,9 +178,10 @@ class VLMCollator:
             return good
         encoded = self._encode(items, out)
         if self.max_length and len(items) > real and encoded.lengths[-1] > self.max_length:
+            shown = " and ".join({"image": "an image", "video": "a video"}[kind] for kind in missing)
             raise UserError(
-                f"A row with an image takes {encoded.lengths[-1]} tokens or more, max_length is {self.max_length}; "
-                "all processes have to see an image in each batch here: raise max_length above that."
+                f"A row with {shown} takes {encoded.lengths[-1]} tokens or more, max_length is {self.max_length}; all "
+                f"processes have to see {shown} in each batch here: raise max_length above that."
             )
         fits = encoded.ids.shape[1] <= (self.max_length or encoded.ids.shape[1])
         if not (fits and encoded.learnt[:real].any(1).all()):
@@ -180,47 +190,19 @@ class VLMCollator:
                 return good
         return self._batch(encoded)
 
+    def _missing(self, items: Sequence[Item]) -> list[str]:
+        """What each batch has to show and these rows do not."""
+        video = any(item.videos for item in items)
+        image = any(item.images for item in items) or (video and not self.family.video_passes)
+        return ["image"] * (self.always_image and not image) + ["video"] * (self.always_video and not video)
+
     def _alone(self, item: Item) -> Item:
         """The item, when the processor takes it. Raises DataError with what the processor says otherwise."""
         try:
-            self._process([item], side="right")
+            self.process([item], side="right")
         except Exception as error:
             raise DataError(f"row {item.row}: the processor cannot take it: {error}") from error
         return item
-
-    def _process(self, items: list[Item], side: str) -> dict[str, Any]:
-        """Call the processor once for all items; texts are padded at `side`."""
-        family = self.family
-        seen = [bool(item.images) for item in items]
-        wrap = family.image_at_ends and any(seen) and not (seen[0] and seen[-1])
-        if wrap:
-            items = [self.reader.blank(), *items, self.reader.blank()]
-        images: list[Any] | None = [item.images for item in items]
-        if not any(seen):
-            images = None
-        elif not family.images_per_row:
-            images = [image for item in items for image in item.images]
-        options: dict[str, Any] = {}
-        if not family.prefix_suffix:
-            options = {"return_text_replacement_offsets": True} if family.expands_text else {}
-        elif items[0].suffix is not None:
-            options = {"suffix": [item.suffix for item in items]}
-        bos = self.reader.bos
-        has_bos = family.bos_in_text or (bos is not None and items[0].text.startswith(bos))
-        out = self.processor(
-            text=[item.text for item in items],
-            images=images,
-            # Texts stay lists: offsets are looked up at a few places, and a tensor of them all would cost more.
-            text_kwargs={
-                "padding": True,
-                "padding_side": side,
-                "return_offsets_mapping": side == "right" and not family.prefix_suffix,
-                "add_special_tokens": not has_bos,
-            },
-            images_kwargs={"return_tensors": "pt"},
-            **options,
-        )
-        return {name: value[1:-1] if wrap else value for name, value in out.items()}
 
     def _encode(self, items: list[Item], out: dict[str, Any]) -> _Encoded:
         """Token ids and masks `(B, T)` of what the processor gave."""
@@ -248,7 +230,7 @@ class VLMCollator:
                     learnt[at, first:last] = False
         learnt &= (attention == 1) & ~placeholder & np.array([[item.counted] for item in items])
         learnt[:, 0] = False  # a row's first token has no predecessor that could predict it
-        return _Encoded(ids, attention, lengths, placeholder, learnt, _extras(out))
+        return _Encoded(ids, attention, lengths, placeholder, learnt, extras_of(out))
 
     def _check(self, item: Item, encoded: _Encoded, at: int) -> Item:
         """The item, when something of it is learnt and its images survive `max_length`."""
@@ -259,9 +241,9 @@ class VLMCollator:
         if len(images) and images[-1] >= limit:
             end = images[-1] + 1
             raise DataError(
-                f"row {item.row}: has {tokens} tokens and its last image ends at token {end}, but max_length is "
-                f"{limit}, which would cut into it. Raise max_length above {end}, or make images smaller with "
-                "max_pixels."
+                f"row {item.row}: has {tokens} tokens and its last image{' or video' if item.videos else ''} ends at "
+                f"token {end}, but max_length is {limit}, which would cut into it. Raise max_length above {end}, or "
+                f"{_smaller(item)}."
             )
         if item.counted and not encoded.learnt[at, :limit].any():
             within = f" within max_length {limit}: it has {tokens} tokens" if cut else ""
@@ -277,7 +259,7 @@ class VLMCollator:
         padding = -width % (self.pad_to_multiple_of or 1)
 
         def fit(value: Any, fill: int = 0) -> Tensor:
-            tensor = _tensor(value)[:, :width]
+            tensor = as_tensor(value)[:, :width]
             if not padding:
                 return tensor
             return torch.cat([tensor, tensor.new_full((tensor.shape[0], padding, *tensor.shape[2:]), fill)], 1)
@@ -292,9 +274,17 @@ class VLMCollator:
             attention=fit(encoded.attention),
             mask=fit(encoded.learnt.astype(np.int64)),
             model_inputs={
-                name: fit(value) if by_token(name, value) else _tensor(value) for name, value in encoded.extras.items()
+                name: fit(value) if by_token(name, value) else as_tensor(value)
+                for name, value in encoded.extras.items()
             },
         )
+
+
+def _smaller(item: Item) -> str:
+    """What makes a row shorter that shows something."""
+    images = ["make images smaller with max_pixels"] if item.images else []
+    videos = ["take fewer frames with video_num_frames or smaller ones with video_max_pixels"] if item.videos else []
+    return " and ".join(images + videos)
 
 
 def _shift(spans: list[tuple[int, int]], replaced: list[dict[str, Any]]) -> list[tuple[int, int]]:
@@ -304,11 +294,3 @@ def _shift(spans: list[tuple[int, int]], replaced: list[dict[str, Any]]) -> list
     ends = [place["span"][1] for place in replaced]
     gained = [0, *(place["new_span"][1] - place["span"][1] for place in replaced)]
     return [tuple(char + gained[bisect_right(ends, char)] for char in span) for span in spans]
-
-
-def _extras(out: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in out.items() if name not in _NOT_INPUTS}
-
-
-def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("vision_tower", "projector", "language_model")
 
-SAMPLE, IMAGE, TILE, PATCH, TOKEN = "sample", "image", "tile", "patch", "token"
+SAMPLE, SEEING, IMAGE, VIDEO = "sample", "seeing", "image", "video"
+TILE, PATCH, TOKEN = "tile", "patch", "token"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Family:
         projector: of those that map what is seen to the language model's width.
         language_model: of those that speak.
         index: for each tensor that the processor gives beside the token ids, what its first dimension counts:
-            `sample`, `image`, `tile`, `patch`, or `token` for `(samples, tokens, ...)`.
+            `sample`, `seeing` (samples with images), `image`, `video`, `tile`, `patch`, or `token` for
+            `(samples, tokens, ...)`.
         structure: tokens that the processor or the template writes around images; never learnt.
         images_per_row: whether the processor wants its images as one list for each row rather than one flat list.
         expands_text: whether the processor writes an image's placeholders into the text and can say where.
@@ -43,7 +45,16 @@ class Family:
         text_only_rows: whether a row may have no image.
         image_at_ends: whether the processor loses rows without images at the ends of a batch.
         rows_apart: whether the model gives a row without image the same figures alone and beside rows with images.
+        pixels: which of the options in image_options.py the image processor can follow: option -> its attribute, or
+            `size.` and the entry of its size.
         video: whether the processor takes videos. The others drop them without a word.
+        frames_as_images: whether a video is shown as its frames, an image each, where the processor takes none.
+        sampling: which frames of a video are seen where nothing else is asked for, as fields of FrameSampling.
+        equal_frames: whether the videos of a batch need equally many frames; in short ones frames are repeated.
+        videos_alone: whether rows with videos have to be processed one by one: the processor lets videos take the
+            place of images, and fills short videos up to the longest, in its words too.
+        video_template: whether the processor takes a chat template of its own, DEFAULT_CHAT_TEMPLATE of its module, in
+            place of the model's for rows with videos.
     """
 
     name: str
@@ -59,25 +70,46 @@ class Family:
     text_only_rows: bool = True
     image_at_ends: bool = False
     rows_apart: bool = True
+    pixels: dict[str, str] = field(default_factory=dict)
     video: bool = False
+    frames_as_images: bool = False
+    sampling: dict[str, float] = field(default_factory=lambda: {"num_frames": 8})
+    equal_frames: bool = False
+    videos_alone: bool = False
+    video_template: bool = False
     known: bool = True
+
+    @property
+    def video_passes(self) -> bool:
+        """Whether videos go through the vision tower in a call of their own."""
+        return "pixel_values_videos" in self.index
 
 
 _QWEN_TOWER = ("model.visual.patch_embed", "model.visual.pos_embed", "model.visual.blocks")  # the merger projects
 _QWEN_STRUCTURE = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+_QWEN_PIXELS = {"min_pixels": "size.shortest_edge"}
 _QWEN_INDEX = {
     "pixel_values": PATCH,
     "image_grid_thw": IMAGE,
     "mm_token_type_ids": TOKEN,
     "pixel_values_videos": PATCH,
-    "video_grid_thw": IMAGE,
-    "second_per_grid_ts": IMAGE,
+    "video_grid_thw": VIDEO,
+    "second_per_grid_ts": VIDEO,
+}
+# The limits of the models' own tools, in pixels of 28 x 28 to a token: 768 tokens a frame, 24,576 for all of them.
+_QWEN_SAMPLING = {
+    "fps": 2.0,
+    "min_frames": 4,
+    "max_frames": 768,
+    "max_pixels": 768 * 28**2,
+    "total_pixels": 24_576 * 28**2,
 }
 _IDEFICS_PARTS = {
     "vision_tower": ("model.vision_model",),
     "projector": ("model.connector",),
     "language_model": ("model.text_model", "lm_head"),
 }
+_IDEFICS_PIXELS = {"image_longest_edge": "size.longest_edge", "image_splitting": "do_image_splitting"}
 _IDEFICS_STRUCTURE = (
     "<image>",
     "<fake_token_around_image>",
@@ -91,18 +123,39 @@ _QWEN2 = Family(
     projector=("model.visual.merger",),
     index=_QWEN_INDEX,
     structure=_QWEN_STRUCTURE,
+    pixels=_QWEN_PIXELS,
     video=True,
+    sampling=_QWEN_SAMPLING,
+)
+_LLAVA_NEXT = Family(
+    "llava_next",
+    projector=("model.multi_modal_projector", "model.image_newline"),
+    index={"pixel_values": IMAGE, "image_sizes": IMAGE},
+    structure=("<image>",),
+    frames_as_images=True,
+)
+_LLAVA_NEXT_VIDEO = replace(
+    _LLAVA_NEXT,
+    name="llava_next_video",
+    index={**_LLAVA_NEXT.index, "pixel_values_videos": VIDEO},
+    structure=("<image>", "<video>"),
+    video=True,
+    frames_as_images=False,
+    equal_frames=True,
 )
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llava", structure=("<image>",)),
-        Family(
-            "llava_next",
-            projector=("model.multi_modal_projector", "model.image_newline"),
-            index={"pixel_values": IMAGE, "image_sizes": IMAGE},
-            structure=("<image>",),
+        Family("llava", structure=("<image>",), frames_as_images=True),
+        _LLAVA_NEXT,
+        _LLAVA_NEXT_VIDEO,
+        replace(
+            _LLAVA_NEXT_VIDEO,
+            name="llava_onevision",
+            index={**_LLAVA_NEXT_VIDEO.index, "batch_num_images": SEEING},
+            images_per_row=True,
+            sampling={"num_frames": 32},
         ),
         Family(
             "idefics3",
@@ -110,20 +163,28 @@ FAMILIES: dict[str, Family] = {
             index={"pixel_values": SAMPLE, "pixel_attention_mask": SAMPLE},
             structure=_IDEFICS_STRUCTURE,
             images_per_row=True,
+            pixels=_IDEFICS_PIXELS,
+            frames_as_images=True,
         ),
         Family(
             "smolvlm",
             **_IDEFICS_PARTS,
             index={"pixel_values": SAMPLE, "pixel_attention_mask": SAMPLE},
-            structure=_IDEFICS_STRUCTURE,
+            structure=(*_IDEFICS_STRUCTURE, "<video>"),
             images_per_row=True,
+            pixels=_IDEFICS_PIXELS,
             video=True,
+            sampling={"fps": 1.0, "max_frames": 64},
+            videos_alone=True,
+            video_template=True,
         ),
         Family(
             "gemma3",
             index={"pixel_values": IMAGE, "token_type_ids": TOKEN},
             structure=("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
             images_per_row=True,
+            pixels={"image_splitting": "do_pan_and_scan"},
+            frames_as_images=True,
         ),
         _QWEN2,
         replace(_QWEN2, name="qwen2_5_vl"),
@@ -133,7 +194,9 @@ FAMILIES: dict[str, Family] = {
             projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
             index=_QWEN_INDEX,
             structure=_QWEN_STRUCTURE,
+            pixels=_QWEN_PIXELS,
             video=True,
+            sampling=_QWEN_SAMPLING,
         ),
         Family(
             "mllama",
@@ -146,6 +209,7 @@ FAMILIES: dict[str, Family] = {
             },
             structure=("<|image|>",),
             images_per_row=True,
+            frames_as_images=True,
             expands_text=False,
             bos_in_text=True,
             image_at_ends=True,
@@ -187,14 +251,15 @@ def family_of(config: PretrainedConfig) -> Family:
     if getattr(config, "vision_config", None) is None:
         raise UserError(
             f"The model is text-only (model type {model_type!r}): it cannot see images. Give a vision-language model, "
-            f"for example of the types {', '.join(FAMILIES)}; to train a text model use textalign's SFTTrainer."
+            f"for example of the types {', '.join(FAMILIES)}; text models are trained by textalign."
         )
     logger.warning(
         "Model type %r is not among the families that are tested (%s): its modules are guessed from their names.",
         model_type,
         ", ".join(FAMILIES),
     )
-    return Family(model_type, **_GUESS, video=getattr(config, "video_token_id", None) is not None, known=False)
+    video = getattr(config, "video_token_id", None) is not None
+    return Family(model_type, **_GUESS, video=video, frames_as_images=not video, known=False)
 
 
 def modules(model: nn.Module, part: str) -> list[nn.Module]:

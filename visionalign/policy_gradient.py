@@ -1,6 +1,6 @@
-"""Group-relative policy gradients on images and text: GRPO and its family.
+"""Group-relative policy gradients on images, videos and text: GRPO and its family.
 
-Each prompt's images are processed once and seen once for the whole group, in writing and in the update.
+Each prompt's images and videos are processed once and seen once for the whole group, in writing and in the update.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from shared.data.rows import Rows
 from shared.data.schema import Kind
 from shared.errors import UserError
 from shared.objectives.policy_gradient import PolicyGradient
-from shared.runtime.models import load_model
 from shared.trainers.config import AlignConfig
 from shared.trainers.datasets import check_evaluation, checked_rows, kind_of
-from shared.trainers.keeping import preserved_randomness
 from shared.trainers.online_config import OnlineConfig
 from shared.trainers.policy_gradient import PolicyGradientTrainer, objective_of
-from shared.trainers.reference_checks import check_reference_asked, check_reference_used
-from shared.trainers.referenced import Referenced
+from shared.trainers.reference_checks import check_reference_used
 from shared.trainers.rewarding import check_best_metric, refuse_unknown, rewards_of, tell_doubts
 from shared.trainers.token_rollouts import engine_of, sampling_of, token_parts
 from visionalign.collators import VLMCollator
@@ -31,6 +28,8 @@ from visionalign.families import placeholder_ids
 from visionalign.online_options import VLMGRPOOptions
 from visionalign.preparing import load_vlm, prepare_vlm, shards_the_model
 from visionalign.prompting import VLMPrompts
+from visionalign.referenced import VLMReference
+from visionalign.video import video_reader
 
 
 @dataclass
@@ -48,7 +47,7 @@ class VLMGRPOConfig(OnlineConfig, VLMGRPOOptions, AlignConfig):
             )
 
 
-class VLMGRPOTrainer(Referenced, PolicyGradientTrainer):
+class VLMGRPOTrainer(VLMReference, PolicyGradientTrainer):
     """Group relative policy optimisation and its family on images and text.
 
     Shao et al. 2024, arXiv:2402.03300; `args.recipe` names presets of the others.
@@ -57,8 +56,8 @@ class VLMGRPOTrainer(Referenced, PolicyGradientTrainer):
         model: hub id, folder or built-in name, or a loaded model (a PEFT model too).
         reward_funcs: as textalign.GRPOTrainer; functions see the images too, in the prompts and as a column.
         args: options; the defaults where None.
-        train_dataset: rows with `images` (or `image`) and a `prompt`, a text or a list of messages; their other
-            columns go to the rewards.
+        train_dataset: rows with `images` (or `image`), `videos` (or `video`) and a `prompt`, a text or a list of
+            messages; their other columns go to the rewards.
         eval_dataset: held-out rows of the same kind, or several sets by name.
         processing_class: the model's processor; loaded beside a model that is given by name.
         reward_processing_classes: tokenizers of reward models that are given as such, one a reward.
@@ -94,7 +93,8 @@ class VLMGRPOTrainer(Referenced, PolicyGradientTrainer):
         longest = sampling_of(args)["train"].max_new_tokens
         objective: PolicyGradient = objective_of(args, max_actions=longest)
         check_reference_used(args, ref_model)
-        ref_model = self._checked_reference(model, ref_model, args, peft_config) if args.beta else None
+        if args.beta:
+            self.take_reference(model, ref_model, args, train_dataset=train_dataset, peft_config=peft_config)
         check_evaluation(args, eval_dataset)
         run = prepare_vlm(model, args, processing_class)
         self.model_name, self.loaded_from = run.model_name, model if isinstance(model, str) else None
@@ -106,6 +106,7 @@ class VLMGRPOTrainer(Referenced, PolicyGradientTrainer):
             family=run.family,
             kind=kind,
             max_pixels=args.max_pixels,
+            videos=video_reader(run.family, run.processor, args),
             template_kwargs=args.chat_template_kwargs,
         )
         encoder = VLMPrompts(collator, args.max_prompt_length, needs_image=shards_the_model())
@@ -131,21 +132,9 @@ class VLMGRPOTrainer(Referenced, PolicyGradientTrainer):
             processing_class=run.processor,
             callbacks=callbacks,
             optimizers=optimizers,
-            ref_model=ref_model,
+            ref_model=self.reference_given if args.beta else None,
         )
         self.row_notes = {row: f"left out: {why}" for row, why in getattr(train, "left_out", {}).items()}
-
-    @staticmethod
-    def _checked_reference(model: Any, ref_model: Any, args: VLMGRPOConfig, peft_config: Any) -> Any:
-        ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
-        has_adapter = peft_config is not None or hasattr(model, "peft_config")
-        check_reference_asked(model, ref_model, args, has_adapter=has_adapter)
-        return ref_model
-
-    def load_reference(self, name: str, **options: Any) -> nn.Module:
-        with preserved_randomness():
-            init = {**(self.args.model_init_kwargs or {}), **options}
-            return load_model(name, head="image-text-to-text", frozen=True, seed=self.args.seed, **init)
 
     def title(self) -> str:
         return f"Vision-language GRPO: {self.model_name}"

@@ -12,10 +12,9 @@ from transformers.integrations.deepspeed import deepspeed_config
 from shared.errors import UserError
 from shared.runtime.adapters import attach_adapter
 from shared.runtime.launch import engine_asked
-from shared.runtime.models import load_config, load_model, load_processor, without_dropout
+from shared.runtime.models import HUB_OPTIONS, Head, load_config, load_model, load_processor, without_dropout
 from visionalign.families import PARTS, Family, family_of, parameters
-
-HUB_OPTIONS = ("revision", "trust_remote_code")
+from visionalign.image_options import check_image_options, check_processor_kwargs, with_image_options
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,25 @@ def prepare_vlm(model: str | nn.Module, args: Any, processing_class: ProcessorMi
         model, args, processing_class: the trainer's.
 
     Raises:
-        UserError: a text-only model, or one that does not say where its processor is.
+        UserError: a text-only model, or one that does not say where its processor is; options on images that it
+            cannot follow.
     """
     if not isinstance(model, (str, nn.Module)):
         raise UserError(f"model is a {type(model).__name__}: give its name or folder as a string, or a loaded model.")
     options = args.model_init_kwargs or {}
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
     family = family_of(load_config(model, **hub) if isinstance(model, str) else model.config)
+    check_image_options(args, family)
+    given = getattr(args, "processor_kwargs", None) or {}
     if processing_class is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         if not name:
             raise UserError("processing_class is missing: this model does not say where its processor is.")
-        processing_class = load_processor(name, **hub)
+        processing_class = load_processor(name, **{**hub, **given})
+        check_processor_kwargs(given, processing_class)
+    elif given:
+        raise UserError("processor_kwargs: the processor is given, so none is loaded; set them on that one.")
+    processing_class = with_image_options(processing_class, args, family)
     name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
     if args.should_log:
         print(f"model: {name} ({family.name})", flush=True)
@@ -53,12 +59,18 @@ def prepare_vlm(model: str | nn.Module, args: Any, processing_class: ProcessorMi
 
 
 def load_vlm(
-    model: str | PreTrainedModel | nn.Module, args: Any, *, peft_config: Any = None, **options: Any
+    model: str | PreTrainedModel | nn.Module,
+    args: Any,
+    *,
+    head: Head = "image-text-to-text",
+    peft_config: Any = None,
+    **options: Any,
 ) -> nn.Module:
     """The model to train: loaded where it is given by name, with its adapter, parts of it frozen as the options say.
 
     Args:
         model, args, peft_config: the trainer's.
+        head: which of transformers' heads.
         options: more for `from_pretrained`.
 
     Raises:
@@ -69,7 +81,8 @@ def load_vlm(
     if isinstance(model, str):
         init = {**(args.model_init_kwargs or {}), **options}
         frozen = peft_config is not None
-        model = load_model(model, head="image-text-to-text", frozen=frozen, seed=args.seed, **init)
+        model = load_model(model, head=head, frozen=frozen, seed=args.seed, **init)
+    set_seed(args.seed)  # what loading draws differs between engines, and an adapter should not
     adapter = {"path": peft_config} if isinstance(peft_config, str) else {"config": peft_config}
     model = attach_adapter(model, **adapter, checkpointing=bool(args.activation_checkpointing))
     _freeze(model, args)

@@ -1,4 +1,4 @@
-"""Rows with images as prompts to be answered: each is processed once and by itself, and batches are made of them.
+"""Rows with images and videos as prompts to be answered: each is processed once, alone, and batches are made of them.
 
 What a processor gives for a prompt stays opaque but for what its first dimension counts, which families.py tells. That
 the result is what the processor gives for the whole batch is a test, family by family.
@@ -15,13 +15,16 @@ from torch import Tensor
 from shared.data.collators import left_padded
 from shared.data.rows import ROW
 from shared.data.schema import Kind, decode_image, to_conversation
+from shared.data.videos import Video
 from shared.errors import DataError
 from shared.trainers.token_rollouts import Prompt, PromptsOnce
 from visionalign.collators import VLMCollator
 from visionalign.families import SAMPLE, TOKEN, Family
+from visionalign.processing import stacked
+from visionalign.video import shown_frames
 
-NOT_COLUMNS = ("prompt", "completion", "image", "images")  # not handed to rewards as the row has them
-SHOWN_PIXELS = 65_536  # of an image in the report
+# not handed to rewards as the row has them
+NOT_COLUMNS = ("prompt", "completion", "image", "images", "video", "videos")
 
 
 class VLMPrompts(PromptsOnce):
@@ -30,36 +33,46 @@ class VLMPrompts(PromptsOnce):
     Args:
         collator: of PROMPT_ONLY rows; its reader and processor are used.
         longest: the most tokens of a prompt, image tokens included; None: no limit. Prompts are never cut.
-        needs_image: refuse prompts without images: where an engine shards the model, all processes run its tower.
+        needs_image: refuse prompts that do not show what the first one shows, images, videos or both, and such as show
+            nothing: where an engine shards the model, all processes run its tower, and equally often.
+
+    Attributes:
+        shows: what the first prompt showed, as the model takes it (`pixel_values`, …); None before there was one.
     """
 
     def __init__(self, collator: VLMCollator, longest: int | None = None, *, needs_image: bool = False):
         super().__init__()
         self.collator, self.family, self.longest = collator, collator.family, longest
-        self.needs_image = needs_image
+        self.needs_image, self.shows = needs_image, None
         self.beyond = {"token_type_ids": 1} if self.family.prefix_suffix else {}  # an answer sees what is before it
         self.tokenizer, self.max_pixels = collator.processor.tokenizer, collator.reader.max_pixels
 
     def made(self, row: dict[str, Any]) -> tuple[Prompt, None]:
         inputs, _ = self.collator.encode_prompts([row])
-        if "pixel_values" not in inputs:
-            self._check_imageless(row.get(ROW, 0))
+        self._check_shown({name for name in inputs if name.startswith("pixel_values")}, row.get(ROW, 0))
         real = inputs.pop("attention_mask")[0].bool()
         ids = inputs.pop("input_ids")[0][real]
         if self.longest is not None and len(ids) > self.longest:
             raise DataError(
                 f"row {row.get(ROW, 0)}: its prompt has {len(ids)} tokens, max_prompt_length is {self.longest}. Raise "
-                "it, or make images smaller with max_pixels."
+                "it, or make images smaller with max_pixels, videos with video_num_frames or video_max_pixels."
             )
         return Prompt(ids, inputs), None
 
-    def _check_imageless(self, number: int) -> None:
-        if self.needs_image:
+    def _check_shown(self, shown: set[str], number: int) -> None:
+        if self.needs_image and not shown:
             raise DataError(
                 f"row {number}: has no image; with an engine that cuts the model up (DeepSpeed, FSDP) each prompt "
                 "needs one. Leave such rows out, or train data-parallel without such an engine."
             )
-        if not self.family.rows_apart:
+        self.shows = self.shows or shown
+        if self.needs_image and shown != self.shows:
+            raise DataError(
+                f"row {number}: does not show what the first prompt shows (images, videos, or both); with an engine "
+                "that cuts the model up (DeepSpeed, FSDP) all have to. Leave such rows out, or train data-parallel "
+                "without such an engine."
+            )
+        if not (shown or self.family.rows_apart):
             raise DataError(
                 f"row {number}: has no image; a model of the family {self.family.name} answers such a prompt "
                 "differently beside prompts with images, so what it wrote could not be learnt from. Leave such rows "
@@ -73,23 +86,23 @@ class VLMPrompts(PromptsOnce):
         return padded | {name: _joined(name, prompts, self.family, width) for name in names}
 
     def asked(self, row: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The prompt with its images in their places, decoded; the columns, images among them."""
+        """The prompt with its images and videos in their places, decoded; the columns, both among them."""
         number = row.get(ROW, 0)
         conversation = to_conversation(dict(row), number, Kind.PROMPT_ONLY)
         images = [decode_image(raw, row=number, max_pixels=self.max_pixels) for raw in conversation.images]
-        left = iter(images)
+        videos = [self.collator.reader.videos(raw, number) for raw in conversation.videos]
+        left = {"image": iter(images), "video": iter(videos)}
         prompt = [
             {**turn, "content": [_filled(part, left) for part in turn["content"]]} for turn in conversation.messages
         ]
         columns = {name: value for name, value in row.items() if name not in NOT_COLUMNS}
-        return prompt, columns | {"images": images}
+        return prompt, columns | {"images": images} | ({"videos": videos} if videos else {})
 
     def shown(self, row: Mapping[str, Any]) -> tuple[list[Any], str]:
         if placed := _placed(row["prompt"]):  # a sample's prompt, as `asked` gives it
-            return [_small(image) for image in placed], _last_question(row["prompt"])
+            return placed, _last_question(row["prompt"])
         conversation = to_conversation(dict(row), row.get(ROW, 0), Kind.PROMPT_ONLY)
-        images = [decode_image(raw, row=row.get(ROW, 0), max_pixels=SHOWN_PIXELS) for raw in conversation.images]
-        return images, _last_question(conversation.messages)
+        return self.collator.reader.shown(conversation), _last_question(conversation.messages)
 
 
 def _last_question(messages: Sequence[dict[str, Any]]) -> str:
@@ -97,15 +110,21 @@ def _last_question(messages: Sequence[dict[str, Any]]) -> str:
     return " ".join(part["text"] for part in asked[-1] if part["type"] == "text") if asked else ""
 
 
-def _filled(part: dict[str, Any], images: Iterator[Any]) -> dict[str, Any]:
-    return {"type": "image", "image": next(images)} if part["type"] == "image" else dict(part)
+def _filled(part: dict[str, Any], left: Mapping[str, Iterator[Any]]) -> dict[str, Any]:
+    kind = part["type"]
+    return {"type": kind, kind: next(left[kind])} if kind in left else dict(part)
 
 
 def _placed(prompt: Any) -> list[Image.Image]:
-    """The images that stand in a prompt's messages."""
+    """The images, and some frames of the videos, that stand in a prompt's messages, small."""
     contents = [] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-    parts = [part for content in contents if not isinstance(content, str) for part in content]
-    return [part["image"] for part in parts if isinstance(part.get("image"), Image.Image)]
+    pictures: list[Image.Image] = []
+    for part in (part for content in contents if not isinstance(content, str) for part in content):
+        if isinstance(part.get("image"), Image.Image):
+            pictures.append(_small(part["image"]))
+        elif isinstance(part.get("video"), Video):
+            pictures += shown_frames(part["video"])
+    return pictures
 
 
 def _small(image: Image.Image) -> Image.Image:
@@ -118,22 +137,8 @@ def _joined(name: str, prompts: Sequence[Prompt], family: Family, width: int) ->
     """One of the processor's tensors for all prompts: one behind the other, padded with zeros to one shape."""
     by_token = _counts_tokens(name, prompts, family)
     given = [prompt.extras.get(name) for prompt in prompts]
-    pattern = next(value for value in given if value is not None)
-    if by_token or family.index.get(name) == SAMPLE:  # a prompt without it has a row of its own all the same
-        given = [pattern.new_zeros(1, *pattern.shape[1:]) if value is None else value for value in given]
-    given = [value for value in given if value is not None]
-    shape = [max(value.shape[axis] for value in given) for axis in range(1, pattern.dim())]
-    if by_token:
-        shape[0] = width
-    joined = pattern.new_zeros(sum(len(value) for value in given), *shape)
-    at = 0
-    for value in given:
-        place = [slice(at, at + len(value)), *(slice(0, size) for size in value.shape[1:])]
-        if by_token:
-            place[1] = slice(width - value.shape[1], width)
-        joined[tuple(place)] = value
-        at += len(value)
-    return joined
+    rows = by_token or family.index.get(name) == SAMPLE
+    return stacked(given, rows=rows, width=width if by_token else None)
 
 
 def _counts_tokens(name: str, prompts: Sequence[Prompt], family: Family) -> bool:

@@ -1,18 +1,28 @@
-"""One row of a vision-language data set, read: its text with the learnt characters, and its images decoded.
+"""One row of a vision-language data set, read: its text with the learnt characters, images and videos decoded.
 
 No processor is called here and nothing becomes a token: that is collators.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from shared.data.chat import LOSS_ON, has_template, render
-from shared.data.rows import PADDING, ROW
-from shared.data.schema import Conversation, Kind, decode_image, to_conversation
+from shared.data.rows import PADDING, ROW, Rows
+from shared.data.schema import (
+    STREAMED_ROWS_CHECKED,
+    Conversation,
+    Kind,
+    column_names,
+    decode_image,
+    to_conversation,
+)
+from shared.data.videos import Video
 from shared.errors import DataError, UserError
 from visionalign.families import Family
+from visionalign.video import BLANK, SHOWN_PIXELS, VideoReader, as_pictures, shown_frames, template_of
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -26,6 +36,7 @@ class Item:
         row: its number, for errors.
         text: what the processor is given as text.
         images: decoded, in the order of their places in the text.
+        videos: likewise.
         spans: the characters of the text that are learnt.
         suffix: the answer, for a family that wants it apart from its prompt.
         counted: False where nothing of the row is learnt whatever its spans say.
@@ -34,6 +45,7 @@ class Item:
     row: int
     text: str
     images: list[Any] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
     suffix: str | None = None
     counted: bool = True
@@ -51,11 +63,15 @@ class Reader:
         loss_on: str,
         max_pixels: int | None,
         template_kwargs: dict[str, Any] | None,
+        videos: VideoReader,
     ):
         _check_options(processor, family, kind, loss_on)
         self.processor, self.family, self.kind = processor, family, kind
+        self.videos, self.video_template = videos, template_of(processor, family)
         self.loss_on, self.max_pixels, self.template_kwargs = loss_on, max_pixels, template_kwargs
-        self.image_token: str = processor.image_token
+        self.tokens: dict[str, str | None] = {
+            kind: getattr(processor, f"{kind}_token", None) for kind in ("image", "video")
+        }
         self.bos: str | None = processor.tokenizer.bos_token
 
     def read(self, row: dict[str, Any], position: int) -> Item:
@@ -64,7 +80,7 @@ class Reader:
         counted = not row.get(PADDING)
         if self.family.prefix_suffix:
             prefix, suffix = _prefix_and_suffix(conversation, answered=True)
-            text = self.image_token * len(conversation.images) + prefix
+            text = self.tokens["image"] * len(conversation.images) + prefix
             return self._placed(conversation, Item(conversation.row, text, suffix=suffix, counted=counted))
         rendered = self._render(conversation, loss_on=self.loss_on)
         return self._placed(conversation, Item(conversation.row, rendered.text, spans=rendered.spans, counted=counted))
@@ -74,47 +90,98 @@ class Reader:
         asked, answer = _question(self._conversation(row, position))
         if self.family.prefix_suffix:
             prefix, _ = _prefix_and_suffix(asked, answered=False)
-            text = self.image_token * len(asked.images) + prefix
+            text = self.tokens["image"] * len(asked.images) + prefix
         else:
             text = self._render(asked, add_generation_prompt=True).text
         return self._placed(asked, Item(asked.row, text)), answer
 
-    def blank(self) -> Item:
-        """A row of one tiny blank image, of which nothing is learnt; for families with a chat template."""
+    def answered(self, conversation: Conversation) -> tuple[str, int, int]:
+        """A prompt with its answer as text, images not expanded, and which of its characters are the answer.
+
+        The answer has the end of its turn. Raises DataError.
+        """
+        if self.family.prefix_suffix:
+            _, suffix = _prefix_and_suffix(conversation, answered=True)
+            text = suffix + self.processor.tokenizer.eos_token  # the processor ends a suffix with it
+            return text, 0, len(text)
+        try:
+            rendered = self._render(conversation, loss_on="completion")
+        except (
+            DataError
+        ):  # some templates ask otherwise than they write: then it is said behind what the model is asked
+            rendered = self._render(conversation, loss_on="assistant")
+            asked = replace(conversation, messages=conversation.messages[: conversation.prompt_messages])
+            prompt = self._render(asked, add_generation_prompt=True).text
+            answer = rendered.text[rendered.spans[0][0] : rendered.spans[-1][1]].lstrip()
+            return prompt + answer, len(prompt), len(prompt) + len(answer)
+        ((start, end),) = rendered.spans
+        return rendered.text, start, end
+
+    def blank(self, *kinds: str) -> Item:
+        """A row of one tiny blank image, or of what `kinds` names (`image`, `video`), of which nothing is learnt.
+
+        For families with a chat template.
+        """
         from PIL import Image
 
-        parts = [{"type": "image"}, {"type": "text", "text": "."}]
-        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]
-        chat = Conversation(messages, [Image.new("RGB", (32, 32))], row=-1)
+        kinds = kinds or ("image",)
+        parts = [*({"type": kind} for kind in kinds), {"type": "text", "text": "."}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[-1:]}]
+        images = [Image.new("RGB", (BLANK, BLANK))] * ("image" in kinds)
+        chat = Conversation(messages, images, row=-1, videos=[self.videos.blank()] * ("video" in kinds))
         return self._placed(chat, Item(chat.row, self._render(chat, loss_on="all").text, counted=False))
 
+    def shown(self, conversation: Conversation) -> list[Any]:
+        """The images of a conversation, and some frames of its videos, small, for people."""
+        row = conversation.row
+        pictures = [decode_image(raw, row=row, max_pixels=SHOWN_PIXELS) for raw in conversation.images]
+        return pictures + [frame for raw in conversation.videos for frame in shown_frames(self.videos(raw, row))]
+
     def _render(self, conversation: Conversation, **options: Any):
-        return render(self.processor, conversation, template_kwargs=self.template_kwargs, **options)
+        source = self.video_template if conversation.videos else None
+        return render(self.processor, conversation, template_kwargs=self.template_kwargs, source=source, **options)
 
     def _conversation(self, row: dict[str, Any], position: int) -> Conversation:
         number = row_number(row, position)
         columns = {name: value for name, value in row.items() if name not in (ROW, PADDING)}
-        conversation = to_conversation(columns, number, self.kind)
-        name = self.family.name
-        if conversation.videos:
-            reason = "this trainer takes images" if self.family.video else f"models of the family {name} take no video"
-            raise DataError(f"row {number}: has a video, but {reason}")
+        conversation = self._seen(to_conversation(columns, number, self.kind))
         if not conversation.images and not self.family.text_only_rows:
-            raise DataError(f"row {number}: has no image, but models of the family {name} need one in each row")
+            raise DataError(
+                f"row {number}: has no image, but models of the family {self.family.name} need one in each row"
+            )
         return conversation
+
+    def _seen(self, conversation: Conversation) -> Conversation:
+        """The conversation with its videos as the family sees them: decoded, or each as the images it is made of."""
+        number, family = conversation.row, self.family
+        if not conversation.videos:
+            return conversation
+        if not (family.video or family.frames_as_images):
+            raise DataError(f"row {number}: has a video, but models of the family {family.name} take no video")
+        videos = [self.videos(raw, number) for raw in conversation.videos]
+        if family.video:
+            return replace(conversation, videos=videos)
+        raw_images, clips = iter(conversation.images), iter(videos)
+        messages, images = [], []
+        for turn in conversation.messages:
+            parts = []
+            for part in turn["content"]:
+                if part["type"] == "text":
+                    parts.append(part)
+                    continue
+                shown = as_pictures(next(clips)) if part["type"] == "video" else [next(raw_images)]
+                images += shown
+                parts += [{"type": "image"} for _ in shown]
+            messages.append({**turn, "content": parts})
+        return replace(conversation, messages=messages, images=images, videos=[])
 
     def _placed(self, conversation: Conversation, item: Item) -> Item:
         """Decode the images, each to its place; write what the processor would itself write into the text unseen."""
-        token = self.image_token
-        places, images = item.text.count(token), len(conversation.images)
-        if places != images:
-            raise DataError(
-                f"row {item.row}: {images} image{'' if images == 1 else 's'} but {places} image "
-                f"place{'' if places == 1 else 's'} ({token}) in the rendered text. Neither a text that holds {token} "
-                "itself nor a chat template that leaves images out can be used."
-            )
+        for kind, given in (("image", conversation.images), ("video", conversation.videos)):
+            self._check_places(kind, len(given), item)
         item.images = [decode_image(raw, row=item.row, max_pixels=self.max_pixels) for raw in conversation.images]
-        bos = self.bos
+        item.videos = conversation.videos
+        bos, token = self.bos, self.tokens["image"]
         if self.family.bos_in_text and bos and bos not in item.text:
             at = 0
             while item.text.startswith(token, at):
@@ -122,6 +189,32 @@ class Reader:
             item.text = item.text[:at] + bos + item.text[at:]
             item.spans = [(start + len(bos) * (start >= at), end + len(bos) * (end > at)) for start, end in item.spans]
         return item
+
+    def _check_places(self, kind: str, given: int, item: Item) -> None:
+        """Raise DataError where the text has not one place for each image (or video)."""
+        token = self.tokens[kind]
+        places = item.text.count(token) if token else given
+        if places != given:
+            raise DataError(
+                f"row {item.row}: {given} {kind}{'' if given == 1 else 's'} but {places} {kind} "
+                f"place{'' if places == 1 else 's'} ({token}) in the rendered text. Neither a text that holds {token} "
+                f"itself nor a chat template that leaves {kind}s out can be used."
+            )
+
+
+def tower_passes(rows: Any, kind: Kind, family: Family) -> set[str]:
+    """What the vision tower may be run on for the rows of a data set: `image`, `video` or both, a pass each.
+
+    A column tells, or else the parts of messages: of all rows, or of a stream's first ones.
+    """
+    plain = rows.dataset if isinstance(rows, Rows) else rows
+    columns = set(column_names(plain))
+    found = {name for name in ("image", "video") if columns & {name, f"{name}s"}}
+    if not found:
+        for at, row in enumerate(plain if hasattr(plain, "__len__") else islice(plain, STREAMED_ROWS_CHECKED)):
+            conversation = to_conversation({k: v for k, v in row.items() if k not in (ROW, PADDING)}, at, kind)
+            found |= {name for name in ("image", "video") if getattr(conversation, f"{name}s")}
+    return found if found and family.video_passes else {"image"}
 
 
 def row_number(row: dict[str, Any], position: int) -> int:
@@ -178,8 +271,9 @@ def _question(conversation: Conversation) -> tuple[Conversation, str]:
         count = answers[-1] if answers else len(messages)
     answer = next((turn for turn in messages[count:] if turn["role"] == "assistant"), None)
     asked = messages[:count]
-    images = sum(part["type"] == "image" for turn in asked for part in turn["content"])
-    kept = Conversation(asked, conversation.images[:images], None, conversation.extras, conversation.row)
+    kinds = [part["type"] for turn in asked for part in turn["content"]]
+    images, videos = (conversation.images[: kinds.count("image")], conversation.videos[: kinds.count("video")])
+    kept = replace(conversation, messages=asked, images=images, prompt_messages=None, videos=videos)
     return kept, _text(answer) if answer else ""
 
 

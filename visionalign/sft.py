@@ -1,7 +1,8 @@
 """Supervised fine-tuning of vision-language models.
 
-The rows are checked before the model is loaded; images are processed once a batch, in the data workers; the loss is on
-the assistant's tokens alone unless asked otherwise. Video and packing are not handled here.
+The rows are checked before the model is loaded; images and videos are decoded and processed once a batch, in the data
+workers, ahead of the step; the loss is on the assistant's tokens alone unless asked otherwise. Packing is not handled
+here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from shared.data.rows import ROW, Rows
-from shared.data.schema import Kind, decode_image, to_conversation
+from shared.data.schema import Kind, to_conversation
 from shared.errors import UserError
 from shared.policies.token import TokenPolicy
 from shared.runtime.report import SampleRow
@@ -24,8 +25,11 @@ from shared.trainers.datasets import check_evaluation, check_steps, checked_rows
 from shared.trainers.offline import SupervisedTrainer
 from visionalign.collators import VLMCollator
 from visionalign.families import PARTS, parameters
+from visionalign.feature_cache import cache_features, check_cache
 from visionalign.options import VLMSFTOptions
 from visionalign.preparing import load_vlm, prepare_vlm, shards_the_model
+from visionalign.reading import tower_passes
+from visionalign.video import video_reader
 
 
 @dataclass
@@ -36,13 +40,14 @@ class VLMSFTConfig(VLMSFTOptions, AlignConfig):
 
 
 class VLMSFTTrainer(SupervisedTrainer):
-    """Fine-tune a vision-language model on conversations about images.
+    """Fine-tune a vision-language model on conversations about images and videos.
 
     Args:
         model: hub id, folder or built-in name, or a loaded model (a PEFT model too).
         args: options; `VLMSFTConfig()` where None.
         data_collator: a VLMCollator, or what gives batches and prompts as it does; one by `args` where None.
-        train_dataset: rows with `messages`, or `prompt` and `completion`, and `images` (or `image`).
+        train_dataset: rows with `messages`, or `prompt` and `completion`, and `images` (or `image`), `videos` (or
+            `video`) or both.
         eval_dataset: held-out rows of the same kind, or several sets by name.
         processing_class: the model's processor; loaded beside a model that is given by name.
         callbacks, optimizers: as transformers.Trainer.
@@ -80,11 +85,13 @@ class VLMSFTTrainer(SupervisedTrainer):
         check_evaluation(args, eval_dataset)
         run = prepare_vlm(model, args, processing_class)
         processing_class, self.family, self.model_name = run.processor, run.family, run.model_name
+        videos = video_reader(self.family, processing_class, args)
         kind = kind_of(train_dataset, {Kind.MESSAGES, Kind.PROMPT_COMPLETION})
         images = sys.maxsize if args.check_rows is None else args.check_rows
         train, held_out = checked_rows(train_dataset, eval_dataset, kind, args, check_images=images)
         check_steps(args, train)
         if data_collator is None:
+            always = tower_passes(train, kind, self.family) if shards_the_model() else set()
             data_collator = VLMCollator(
                 processing_class,
                 family=self.family,
@@ -94,11 +101,15 @@ class VLMSFTTrainer(SupervisedTrainer):
                 max_pixels=args.max_pixels,
                 on_bad_row=args.on_bad_row,
                 pad_to_multiple_of=args.pad_to_multiple_of,
-                always_image=shards_the_model(),
+                always_image="image" in always,
+                always_video="video" in always,
+                videos=videos,
             )
         if isinstance(train, Rows) and args.on_bad_row == "error":
             data_collator([train[i] for i in range(min(2, len(train)))])  # a mistake in every row shows here
 
+        if args.cache_vision_features:
+            check_cache(train, data_collator)
         model = load_vlm(model, args, peft_config=peft_config)
         super().__init__(
             model,
@@ -112,9 +123,15 @@ class VLMSFTTrainer(SupervisedTrainer):
             optimizers=optimizers,
         )
         self.row_notes = {row: f"left out: {why}" for row, why in getattr(train, "left_out", {}).items()}
+        self.feature_cache = cache_features(self) if args.cache_vision_features else None
 
     def title(self) -> str:
         return f"Vision-language fine-tuning: {self.model_name}"
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.feature_cache is not None:
+            self.feature_cache.check_weights()
 
     def learning_rates(self) -> dict[str, float]:
         """The tower's, projector's and language model's own rates, by parameter name."""
@@ -144,7 +161,7 @@ class VLMSFTTrainer(SupervisedTrainer):
         conversation = to_conversation(row, row[ROW], self.data_collator.kind)
         asked = [m for m in conversation.messages if m["role"] == "user"]
         question = " ".join(part["text"] for part in asked[-1]["content"] if part["type"] == "text") if asked else ""
-        images = [decode_image(image, row=row[ROW], max_pixels=65_536) for image in conversation.images]
+        images = self.data_collator.reader.shown(conversation)
         columns = {name: row[name] for name in ("kind",) if name in row}
         return SampleRow(images, question, answer.recorded, after=answer.text, columns=columns)
 

@@ -1,7 +1,8 @@
 """Make the files of the built-in models and data sets again: `python -m shared.builtin.make`.
 
 Writes `vlm_small/` (configuration, tokenizer, chat template, image processor; no weights) and, where scikit-learn is
-installed, `data/digits.parquet`. Running it twice gives the same files.
+installed, `data/digits.parquet`. Running it twice gives the same files. The vision-language models of other families
+are made by make_vlms.py, the language models by make_lm.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from shared.builtin import MODELS, digits, shapes
 from shared.builtin.rows import IMAGE_SIZE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 448
@@ -139,8 +142,22 @@ def make_vlm(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: the built-in questions and answers in few tokens, any other text in more."""
+def make_tokenizer(
+    special: Sequence[str] = SPECIAL,
+    texts: Sequence[str] | None = None,
+    *,
+    pad: str = PAD,
+    end: str = END,
+    **named: str,
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer: the built-in questions and answers in few tokens, any other text in more.
+
+    Args:
+        special: the control tokens, by their ids.
+        texts: what is to be few tokens; None: what `built_in_texts` gives.
+        pad, end: those of them that pad a row and end a turn.
+        named: attribute of the tokenizer -> one of them, for example `bos_token` or `image_token`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -148,20 +165,23 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL),
+        vocab_size=VOCABULARY + len(special) - len(SPECIAL),
+        special_tokens=list(special),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*built_in_texts() * 4, *ENGLISH.splitlines()], trainer)
+    texts = built_in_texts() if texts is None else texts
+    tokenizer.train_from_iterator([*list(texts) * 4, *ENGLISH.splitlines()], trainer)
+    others = [token for token in special if token not in (pad, end, *named.values())]
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        additional_special_tokens=[token for token in SPECIAL if token not in (PAD, END)],
+        pad_token=pad,
+        eos_token=end,
+        additional_special_tokens=others,
         padding_side="right",
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
+        **named,
     )
 
 

@@ -6,12 +6,13 @@ Rewards and answers by an option are not here: trainers measure what they train 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from PIL import Image
 
-from shared.builtin import graded, load_dataset, reviews, shapes, tldr
+from shared.builtin import graded, load_dataset, reviews, shapes, shapes_preference, tldr
 from shared.builtin.models import load_model, load_processor
 from shared.builtin.train_lm import complete, reply
 
@@ -133,6 +134,43 @@ def vision_model() -> dict[str, str]:
     return told
 
 
+def draft() -> dict[str, str]:
+    """Measured of `builtin/vlm-small-draft`, by what it is."""
+    model, processor = load_model("builtin/vlm-small-draft").eval(), load_processor("builtin/vlm-small-draft")
+    known = load_dataset("builtin/shapes", "test")
+    greedy, sampled = (descriptions(model, processor, sample=sample) for sample in (False, True))
+    return {
+        "greedy descriptions that name what is not there": f"{greedy.hallucinated:.1%}",
+        "descriptions sampled at temperature 1 that do": f"{sampled.hallucinated:.1%}",
+        "shapes of the picture that greedy descriptions name": f"{greedy.recall:.1%}",
+        **{
+            f"{kind}, greedy answers that are right": f"{share(model, processor, kind, known):.1%}"
+            for kind in ("colour", "shape")
+        },
+    }
+
+
+class Described(NamedTuple):
+    """Of descriptions of held-out pictures."""
+
+    hallucinated: float  # share that names what is not there
+    recall: float  # mean share of the picture's shapes that is named
+
+
+def descriptions(
+    model: PreTrainedModel, processor: ProcessorMixin, rows: int | None = None, *, sample: bool
+) -> Described:
+    """Descriptions of the held-out pictures of `builtin/shapes-preference`, of the first `rows` if given."""
+    data = load_dataset("builtin/shapes-preference", "test")
+    data = data.select([at for at, kind in enumerate(data["kind"]) if kind == "describe"][:rows])
+    said = look(model, processor, data["prompt"][:], data["images"][:], sample=sample)
+    judged = [
+        (shapes_preference.hallucinates("", text, there), shapes_preference.recall("", text, there))
+        for text, there in zip(said, data["shapes"], strict=True)
+    ]
+    return Described(*(sum(column) / len(judged) for column in zip(*judged, strict=True)))
+
+
 def share(model: PreTrainedModel, processor: ProcessorMixin, kind: str, rows: Any) -> float:
     """The share of the questions of a kind in `builtin/shapes` that are answered rightly, greedily."""
     rows = rows.select([at for at, each in enumerate(rows["kind"]) if each == kind])
@@ -169,6 +207,79 @@ def look(
     texts = [processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in asked]
     inputs = processor(text=texts, images=list(images), return_tensors="pt", padding=True, padding_side="left")
     return complete(model, processor.tokenizer, inputs, 16, sample=sample)
+
+
+# ---- The reward model that sees -------------------------------------------------------------------------------------
+
+# A reward: `(prompts, completions, images=…)`, or of generated images `(prompts, images=…)`, gives a score each.
+Score = Callable[..., Sequence[float]]
+
+
+def seeing_reward_model(score: Score) -> dict[str, str]:
+    """Measured of `builtin/rm-shapes`, by what it is.
+
+    Args:
+        score: the model as a reward.
+    """
+    return {
+        "pairs of `builtin/shapes-preference` in order": f"{answers_in_order(score):.1%}",
+        "rank correlation with the judge, descriptions sampled from `builtin/vlm-small-draft`": (
+            f"{agreement_on_pictures(score):.2f}"
+        ),
+        "descriptions that score higher with their picture than with one that differs in one thing": (
+            f"{pictures_in_order(score, 200, near=True):.1%}"
+        ),
+        "descriptions that score higher with their picture than with any other": (
+            f"{pictures_in_order(score, 200, near=False):.1%}"
+        ),
+    }
+
+
+def answers_in_order(score: Score, rows: int | None = None) -> float:
+    """The share of held-out pairs of `builtin/shapes-preference` whose chosen answer gets the higher score."""
+    data = load_dataset("builtin/shapes-preference", "test")
+    data = data.select(range(rows or len(data)))
+    prompts, images = data["prompt"][:], data["images"][:]
+    chosen, rejected = (score(prompts, data[name][:], images=images) for name in ("chosen", "rejected"))
+    return _share_above(chosen, rejected)
+
+
+def agreement_on_pictures(score: Score) -> float:
+    """Rank correlation (Spearman) with the judge on descriptions of held-out pictures by `builtin/vlm-small-draft`."""
+    data = load_dataset("builtin/shapes-preference", "test")
+    data = data.select([at for at, kind in enumerate(data["kind"]) if kind == "describe"])
+    writer, processor = load_model("builtin/vlm-small-draft").eval(), load_processor("builtin/vlm-small-draft")
+    prompts, images = data["prompt"][:], data["images"][:]
+    said = look(writer, processor, prompts, images, sample=True)
+    judged = shapes_preference.shapes_reward(prompts, said, data["shapes"][:])
+    return rank_correlation(torch.tensor(score(prompts, said, images=images)), torch.tensor(judged))
+
+
+def pictures_in_order(score: Score, pairs: int, *, near: bool) -> float:
+    """The share of descriptions that score higher as prompts of the right picture than of a wrong one.
+
+    Args:
+        score: the model as a reward of generated images.
+        pairs: held-out descriptions.
+        near: the wrong picture is spoilt in one way of `shapes_preference.WAYS`; else it is of any other shapes.
+    """
+    rng = random.Random(0)
+    prompts, right, wrong = [], [], []
+    while len(prompts) < pairs:
+        told, other = ([(s.form, s.colour) for s in shapes.draw_layout(rng)] for _ in range(2))
+        other = shapes_preference.spoil(told, rng) if near else other
+        if set(other) == set(told) or len({form for form, _ in other}) < len(other):
+            continue  # the same, or two of one form, as in no picture
+        drawn = [shapes.lay(each, rng) for each in (told, other)]
+        if shapes.split_of(drawn[0]) == "test":
+            prompts.append(shapes_preference.describe(told))
+            for column, layout in zip((right, wrong), drawn, strict=True):
+                column.append(Image.fromarray(shapes.paint(layout, rng)))
+    return _share_above(score(prompts, images=right), score(prompts, images=wrong))
+
+
+def _share_above(scores: Sequence[float], others: Sequence[float]) -> float:
+    return sum(a > b for a, b in zip(scores, others, strict=True)) / len(scores)
 
 
 # ---- The model that sums up -----------------------------------------------------------------------------------------

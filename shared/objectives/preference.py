@@ -162,6 +162,11 @@ class PairObjective:
     divergence: Divergence = reverse_kl
     use_weighting: bool = False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the terms."""
+        return tuple(self.losses)
+
     def __call__(self, pairs: Pairs) -> PairLosses:
         """The terms of the loss of these pairs, none of them reduced."""
         if self.prepare is not None:

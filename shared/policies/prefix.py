@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.policies.base import GroupedBatch
+from shared.policies.positions import continue_from_last
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,8 @@ class PrefixSharing:
         self._inner = inner
         self._possible = enabled and body is not None and _keeps_keys_and_values(inner, body)
         self._checked = False
+        if body is not None:
+            continue_from_last(body)
 
     def applies(self, model: nn.Module, batch: GroupedBatch, figures: Figures) -> bool:
         """Whether to share this batch; every process of a sharded model has to ask, and gets the same answer.
@@ -168,7 +171,9 @@ class PrefixSharing:
         if not self._possible:
             return False
         together = _sharded(model)
-        saved = _CANNOT if self._recomputes(model) else _saved(batch)
+        saved = _saved(batch)
+        if saved > 0 and self._recomputes(model):
+            saved = _CANNOT
         if together:  # a process that ran other layers than the rest would wait for them for ever
             saved = _sum(saved, batch)
         if saved <= 0:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from shared.policies.base import GroupedBatch
 from shared.policies.prefix import PrefixSharing, evaluating, shared_hidden, trimmed
-from shared.policies.token import whole_rows, wrap_forward
+from shared.policies.token import in_model_type, whole_rows, wrap_forward
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class ScorePolicy:
             rows = trimmed(batch)
             last = tokens_to_last(rows.completion_ids, rows.completion_attention, self.pad)
             at = torch.arange(rows.rows, device=last.device) * (1 + rows.completion_ids.shape[1]) + last
-            call = ScoreCall(at, shared=rows)
+            call = ScoreCall(at, shared=in_model_type(model, rows))
         else:
             rows, at = self._last_of_rows(whole_rows(batch))
             call = ScoreCall(at)
@@ -126,6 +126,7 @@ class ScorePolicy:
     def _run(self, model: nn.Module, rows: GroupedBatch, call: ScoreCall) -> Tensor:
         if call.shared is not None:
             return model(score_call=call)
+        rows = in_model_type(model, rows)
         if self.taught:
             return model(**_inputs(rows), score_call=call)
         return _own(model(**_inputs(rows)).logits, call.index)
@@ -135,12 +136,16 @@ class ScorePolicy:
         if self._checked:
             return
         self._checked = True
-        rows = whole_rows(batch)
+        rows = whole_rows(batch.member(0))  # of several completions, images would have to be handed over anew
         if not rows.model_inputs:  # one row alone has no padding that the model's own forward could take for text
             width = int(rows.completion_attention[0].sum())
             ids, ones = rows.completion_ids[:1, :width], rows.completion_attention[:1, :width]
             rows = GroupedBatch.of_rows(ids, attention=ones, mask=ones)
-        rows, index = self._last_of_rows(rows)
+        elif self.pad is None:  # then transformers scores one row at a time, and which images are its own is not known
+            return
+        else:
+            rows = replace(rows, completion_ids=rows.completion_ids.where(rows.completion_attention.bool(), self.pad))
+        rows, index = self._last_of_rows(in_model_type(model, rows))
         call = ScoreCall(index)
         with evaluating(model):
             ours = model(**_inputs(rows), score_call=call)

@@ -98,6 +98,20 @@ def whole_rows(batch: GroupedBatch) -> GroupedBatch:
     )
 
 
+def in_model_type(model: nn.Module, batch: GroupedBatch) -> GroupedBatch:
+    """The batch with its images in the model's type where the weights are held in half precision.
+
+    Autocast sees to it where they are not. Times, `(videos,)`, stay as exact as they are.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return batch
+    extras = batch.model_inputs.items()
+    pixels = {k: isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1 for k, v in extras}
+    cast = {k: v.to(dtype) if pixels[k] else v for k, v in extras}
+    return replace(batch, model_inputs=cast)
+
+
 class TokenPolicy:
     """Log-probabilities of completion tokens under a transformers causal model, text-only or vision-language.
 
@@ -176,14 +190,13 @@ class TokenPolicy:
         if not self._checked:
             self._checked = True
             self.fused = self._agrees(model, call.targets)
-        batch = replace(batch, model_inputs=self._cast(model, batch.model_inputs))
+        batch = in_model_type(model, batch)
         if self.fused and self.sharing.applies(model, batch, functools.partial(self._figures, model)):
             return _run_shared(model, batch, call)
         return self._run_rows(model, batch, call)
 
     def _run_rows(self, model: nn.Module, batch: GroupedBatch, call: HeadCall) -> tuple[Tensor, TokenStats]:
-        rows = whole_rows(batch)
-        rows = replace(rows, model_inputs=self._cast(model, rows.model_inputs))
+        rows = in_model_type(model, whole_rows(batch))
         call.index = _predicted(rows)[0] - 1
         inputs = {
             "input_ids": rows.completion_ids,
@@ -201,14 +214,6 @@ class TokenPolicy:
         call = HeadCall(*_predicted(batch), self.transform)
         _, stats = (_run_shared if shared else self._run_rows)(model, batch, call)
         return stats.logp, call.half
-
-    @staticmethod
-    def _cast(model: nn.Module, extras: dict[str, Any]) -> dict[str, Any]:
-        """Images in the model's type where the weights are held in half precision; autocast sees to the rest."""
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        if dtype not in (torch.bfloat16, torch.float16):
-            return extras
-        return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in extras.items()}
 
     def _agrees(self, model: nn.Module, targets: Tensor) -> bool:
         """Whether head and transform give the model's own log-probabilities, on a few plain tokens.

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from shared.builtin import is_builtin, model_path
-from shared.builtin.models import whole_layers
 from shared.errors import UserError
 from shared.hub import require_available
 from shared.rewards.base import text_of
-from shared.rewards.models import HUB_OPTIONS, current_device
+from shared.rewards.models import HUB_OPTIONS, ModelReward
 
 POSITIVE = ("positive", "pos", "label_1", "1")  # names of the label that is meant where none is given, in any case
 OUTPUTS = ("prob", "logit")
 SCORED = ("auto", "completion", "both")
 
 
-class ClassifierReward:
+class ClassifierReward(ModelReward):
     """Scores answers by the chance that a classifier gives a label, or by its log-odds.
 
     Args:
@@ -66,24 +63,19 @@ class ClassifierReward:
         for name, value, allowed in (("output", output, OUTPUTS), ("scored", scored, SCORED)):
             if value not in allowed:
                 raise UserError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size}: must be at least 1.")
-        self._device, self._placed = device, not isinstance(model, str)
-        self.__name__ = Path(model).name if isinstance(model, str) else type(model).__name__
-        if isinstance(model, str):
-            with whole_layers():
-                model, tokenizer = _load(model, tokenizer, options)
-        if tokenizer is None:
-            raise UserError("tokenizer is missing: give the one that belongs to the classifier.")
-        self.model, self.tokenizer = model.eval(), copy.deepcopy(tokenizer)
+        super().__init__(model, tokenizer, batch_size=batch_size, device=device, options=options)
+        model, self.tokenizer = self.model, copy.deepcopy(self.processor)
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id  # by it transformers finds where a row is scored
         self.label = _label(model.config, label)
-        self.output, self.scored, self.batch_size = output, scored, batch_size
+        self.output, self.scored = output, scored
         self.max_length = max_length or _limit(model.config, self.tokenizer)
+
+    def load(self, name: str, processor: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+        return _load(name, processor, options)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """Scores of completions.
@@ -93,13 +85,7 @@ class ClassifierReward:
             columns: the rows' other columns; not looked at.
         """
         texts = [self._text(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]
-        order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
-        scores = [0.0] * len(texts)
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            for at, score in zip(part, self._scores([texts[at] for at in part]), strict=True):
-                scores[at] = score
-        return scores
+        return self.in_batches(texts, len, self._scores)
 
     def _text(self, prompt: Any, completion: Any) -> str:
         strings = isinstance(prompt, str) and isinstance(completion, str)
@@ -112,9 +98,7 @@ class ClassifierReward:
 
     @torch.no_grad()
     def _scores(self, texts: Sequence[str]) -> list[float]:
-        if not self._placed:
-            self._placed = True
-            self.model.to(self._device or current_device())
+        device = self.place()
         # a tokenizer without special tokens makes no token of an empty text, and a model needs one
         texts = [text or self.tokenizer.pad_token for text in texts]
         batch = self.tokenizer(
@@ -124,7 +108,7 @@ class ClassifierReward:
             max_length=self.max_length,
             return_tensors="pt",
         )
-        logits = self.model(**batch.to(next(self.model.parameters()).device)).logits.float()
+        logits = self.model(**batch.to(device)).logits.float()
         return self._chosen(logits).tolist()
 
     def _chosen(self, logits: Tensor) -> Tensor:
@@ -140,8 +124,6 @@ class ClassifierReward:
 def _load(name: str, tokenizer: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    if is_builtin(name):
-        name = str(model_path(name))
     hub = {key: options[key] for key in HUB_OPTIONS if key in options}
     require_available(name, file="config.json", what="classifier", revision=options.get("revision"))
     try:

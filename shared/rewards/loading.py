@@ -35,6 +35,7 @@ REWARDS: dict[str, Callable[..., Any]] = {
 }
 CLASSIFIERS = ("sentiment-analysis:", "text-classification:")
 JUDGE = "judge:"
+SEEING = "visionalign.rewards.VLMRewardModel"  # which this package does not import: it is named, as a user's would be
 
 
 def load_reward(spec: Any, *, processing_class: Any = None, device: Any = None) -> Reward:
@@ -46,16 +47,17 @@ def load_reward(spec: Any, *, processing_class: Any = None, device: Any = None) 
             - a name of `REWARDS`, or the dotted path of a function: `my_package.my_module.my_function`; both may be
               called with literal keyword arguments, `get_soft_overlong_punishment(max_completion_len=256,
               soft_punish_cache=32)`, which are handed to a factory, and held for the function otherwise;
-            - the folder, hub id (`owner/name`) or built-in name of a reward model or process-reward model;
+            - the folder, hub id (`owner/name`) or built-in name of a reward model, also one that sees, or of a
+              process-reward model;
             - `sentiment-analysis:MODEL` or `sentiment-analysis:MODEL:LABEL`, a classifier, whose label (the positive
               one where none is named) is rewarded with its chance; `text-classification:` is the same;
             - `judge:URL|MODEL`, a model behind an OpenAI-compatible endpoint; more of EndpointJudge's arguments follow
               as `|name=value`;
-            - a loaded reward model or classifier, with its tokenizer as `processing_class` or, where that is None,
-              beside the weights that it was loaded from;
+            - a loaded reward model or classifier, with its tokenizer or processor as `processing_class` or, where that
+              is None, beside the weights that it was loaded from;
             - a transformers pipeline for text classification;
             - a Reward, which is returned as it is.
-        processing_class: the tokenizer of a model.
+        processing_class: the tokenizer of a model, or the processor of one that sees.
         device: where a model that is given by name is put.
 
     Raises:
@@ -145,9 +147,22 @@ def _of_callable(function: Any) -> Reward:
 
 
 def _of_named_model(name: str, processing_class: Any, device: Any) -> Reward:
-    from shared.rewards.models import RewardModel
+    from shared.rewards.models import RewardModel, base_config
 
-    return FunctionReward(RewardModel(name, processing_class, device=device))
+    place = str(model_path(name)) if is_builtin(name) else name
+    if processing_class is None and _may_see(base_config(place)):
+        processing_class = _processor_at(place)
+    scorer = _imported(SEEING) if _sees(processing_class) else RewardModel
+    return FunctionReward(scorer(name, processing_class, device=device))
+
+
+def _may_see(config: Any) -> bool:
+    return getattr(config, "vision_config", None) is not None
+
+
+def _sees(processing_class: Any) -> bool:
+    """Whether it processes images or videos too: a model that could see may have been trained on text alone."""
+    return hasattr(processing_class, "image_processor") or hasattr(processing_class, "video_processor")
 
 
 def _of_classifier(name: str, label: str | None, processing_class: Any, device: Any) -> Reward:
@@ -165,24 +180,36 @@ def _of_model(model: Any, processing_class: Any) -> Reward:
     if labels is None:
         raise UserError(f"The reward {type(model).__name__} is no transformers model: wrap it in a function.")
     if processing_class is None:
-        processing_class = _tokenizer_beside(inner)
+        processing_class = _processor_beside(inner)
+    if _may_see(inner.config) and _sees(processing_class):
+        return FunctionReward(_imported(SEEING)(model, processing_class))
     classifies = type(inner).__name__.endswith("ForSequenceClassification") and labels > 1
     return FunctionReward((ClassifierReward if classifies else RewardModel)(model, processing_class))
 
 
-def _tokenizer_beside(model: Any) -> Any:
-    """The tokenizer that stands where a model was loaded from."""
+def _processor_beside(model: Any) -> Any:
+    """The tokenizer, of a model that sees the processor, that stands where a model was loaded from."""
     from transformers import AutoTokenizer
 
     place, problem = getattr(model.config, "_name_or_path", ""), ""
     if place:
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return _processor_at(place) if _may_see(model.config) else AutoTokenizer.from_pretrained(place)
         except (OSError, ValueError, KeyError) as error:
             problem = f" at {place}, from where it was loaded ({str(error).strip().splitlines()[0]})"
     raise UserError(
         f"The reward {type(model).__name__} has no tokenizer{problem}: give it in reward_processing_classes."
     )
+
+
+def _processor_at(place: str) -> Any:
+    """The processor of a model that may see, or the tokenizer where it was saved with that alone."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    try:
+        return AutoProcessor.from_pretrained(place)
+    except (OSError, ValueError):
+        return AutoTokenizer.from_pretrained(place)
 
 
 def _of_pipeline(pipeline: Any) -> Reward:

@@ -6,7 +6,8 @@ models (textalign.reward, textalign.prm), judges that answer in words, and rewar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +25,86 @@ from shared.rewards.base import text_of
 HEADS = {"ForSequenceClassification": 1, "ForTokenClassification": 2}  # kind of model -> outputs of its head
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}  # by PEFT's name
 HUB_OPTIONS = ("revision", "token", "trust_remote_code")
+ADVICE = (
+    "Train a reward model first (RewardTrainer, PRMTrainer; of answers about images VLMRewardTrainer), and name the "
+    "folder that it was saved to."
+)
 STEPS = {"last": lambda chances: chances[-1], "min": min, "mean": lambda chances: sum(chances) / len(chances)}
 
 
-class RewardModel:
+class ModelReward:
+    """Base of the rewards that are a model: loaded whole by name, put on its device at the first call, run in batches.
+
+    Args:
+        model: hub id, folder or built-in name, or a loaded model.
+        processor: the model's tokenizer or processor; None: the one beside a model that is given by name.
+        batch_size: rows that are scored at once.
+        device: where a model that is given by name is put; None: the accelerator that is current at the first call.
+        options: more for `from_pretrained`.
+
+    Raises:
+        UserError: a batch of no row, or no processor; whatever `load` raises.
+    """
+
+    needs = "tokenizer"  # the argument's name
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        processor: Any,
+        *,
+        batch_size: int,
+        device: torch.device | str | None,
+        options: dict[str, Any],
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: must be at least 1.")
+        self.batch_size, self.device, self._placed = batch_size, device, not isinstance(model, str)
+        self.__name__ = Path(model).name if isinstance(model, str) else type(model).__name__
+        if isinstance(model, str):
+            with whole_layers():
+                name = str(model_path(model)) if is_builtin(model) else model
+                model, processor = self.load(name, processor, options)
+        if processor is None:
+            raise UserError(f"{self.needs} is missing: give the one that belongs to the model.")
+        self.model, self.processor = model.eval(), processor
+
+    def load(self, name: str, processor: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+        """The model, and its processor where none is given; raises UserError."""
+        raise NotImplementedError
+
+    def in_batches(
+        self,
+        rows: Sequence[Any],
+        length: Callable[[Any], int],
+        score: Callable[[Sequence[Any]], Sequence[Any]],
+        *,
+        batch_size: int | None = None,
+    ) -> list[Any]:
+        """What `score` gives for each row, rows of like length together.
+
+        Args:
+            rows: in any order.
+            length: of a row.
+            score: gets at most `batch_size` rows, and gives one value for each.
+            batch_size: None: that of the reward.
+        """
+        order = sorted(range(len(rows)), key=lambda at: length(rows[at]))
+        size, found = batch_size or self.batch_size, {}
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            found |= zip(part, score([rows[at] for at in part]), strict=True)
+        return [found[at] for at in range(len(rows))]
+
+    def place(self) -> torch.device:
+        """Where the model is; put there at the first call, when each process has taken its device."""
+        if not self._placed:
+            self._placed = True
+            self.model.to(self.device or current_device())
+        return next(self.model.parameters()).device
+
+
+class RewardModel(ModelReward):
     """Scores answers by a reward model, or by a process-reward model.
 
     A reward model gives its score; a process-reward model the chance, between 0 and 1, that a step is right: of the
@@ -69,22 +146,13 @@ class RewardModel:
     ):
         if steps not in STEPS:
             raise UserError(f"steps is {steps!r}; allowed: {', '.join(STEPS)}.")
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size}: must be at least 1.")
-        self.device, self._placed = device, not isinstance(model, str)
-        self.__name__ = Path(model).name if isinstance(model, str) else type(model).__name__
-        if isinstance(model, str):
-            with whole_layers():
-                model, tokenizer = _load(str(model_path(model)) if is_builtin(model) else model, tokenizer, options)
-        if tokenizer is None:
-            raise UserError("tokenizer is missing: give the one that belongs to the model.")
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.by_step = _kind(model).endswith("ForTokenClassification")
+        super().__init__(model, tokenizer, batch_size=batch_size, device=device, options=options)
+        self.tokenizer = tokenizer = self.processor
+        self.by_step = kind_of_scorer(self.model).endswith("ForTokenClassification")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        for config in (model.config, model.config.get_text_config()):
-            config.pad_token_id = tokenizer.pad_token_id  # by it transformers finds where a row is scored
-        self.batch_size, self.steps, self.step_separator = batch_size, steps, step_separator
+        tell_padding(self.model, tokenizer)
+        self.steps, self.step_separator = steps, step_separator
         self.tokeniser = Tokeniser(
             tokenizer,
             Kind.STEPWISE if self.by_step else Kind.UNPAIRED,
@@ -93,7 +161,12 @@ class RewardModel:
             step_separator=step_separator,
         )
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    def load(self, name: str, processor: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+        return load_scorer(name, processor, options)
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any] | None = None, **columns: Any
+    ) -> list[float]:
         """Scores of completions.
 
         Args:
@@ -101,16 +174,16 @@ class RewardModel:
             columns: the rows' other columns; not looked at.
 
         Raises:
+            UserError: images are to be scored.
             DataError: a row that cannot be written or read, named by its place.
         """
+        if completions is None or any(map(_shows, prompts)) or any(map(_shows, completions)):
+            raise UserError(
+                f"{self.__name__} reads text alone, and what it is to score has images. Use a reward model that sees "
+                "them (VLMRewardTrainer makes one), or a function that hands it the text."
+            )
         rows = self._tokens(list(zip(prompts, completions, strict=True)))
-        order = sorted(range(len(rows)), key=lambda at: len(rows[at]["input_ids"]))
-        scores = [0.0] * len(rows)
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            for at, score in zip(part, self._scores([rows[at] for at in part]), strict=True):
-                scores[at] = score
-        return scores
+        return self.in_batches(rows, lambda row: len(row["input_ids"]), self._scores)
 
     def _tokens(self, pairs: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:
         """Rows of `input_ids`, of a process-reward model with their `step_ends`."""
@@ -136,7 +209,7 @@ class RewardModel:
 
     @torch.no_grad()
     def _scores(self, rows: Sequence[dict[str, Any]]) -> list[float]:
-        device = self._place()
+        device = self.place()
         width = max(len(row["input_ids"]) for row in rows)
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         attention = torch.zeros_like(ids)
@@ -150,12 +223,14 @@ class RewardModel:
         choose = STEPS[self.steps]
         return [choose(chances[at, torch.as_tensor(row["step_ends"])].tolist()) for at, row in enumerate(rows)]
 
-    def _place(self) -> torch.device:
-        """Where the model is; put there at the first call, when each process has taken its device."""
-        if not self._placed:
-            self._placed = True
-            self.model.to(self.device or current_device())
-        return next(self.model.parameters()).device
+
+def _shows(said: Any) -> bool:
+    """Whether a prompt or an output is, or holds, something else than text."""
+    if isinstance(said, str):
+        return False
+    contents = [turn.get("content") for turn in said] if isinstance(said, (list, tuple)) else [[said]]
+    parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
+    return any(not isinstance(part, Mapping) or part.get("type", "text") != "text" for part in parts)
 
 
 def current_device() -> torch.device:
@@ -165,10 +240,13 @@ def current_device() -> torch.device:
     return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
 
 
-def _kind(model: nn.Module) -> str:
+def kind_of_scorer(model: nn.Module) -> str:
+    """The class of a model with a score head. Raises UserError where it gives no reward."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = type(inner).__name__
     labels = next((labels for name, labels in HEADS.items() if kind.endswith(name)), None)
+    if labels is None:
+        raise UserError(f"The reward is a {kind}, which gives no score. {ADVICE}")
     if inner.config.num_labels != labels:
         raise UserError(
             f"A {kind} with {inner.config.num_labels} labels is no reward model. A reward model has one label "
@@ -178,33 +256,76 @@ def _kind(model: nn.Module) -> str:
     return kind
 
 
-def _load(name: str, tokenizer: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """A whole model, or an adapter over its base, and the tokenizer that was saved with it."""
+def tell_padding(model: nn.Module, tokenizer: Any) -> None:
+    """Put the pad token into the model's configuration: by it transformers finds where a row is scored."""
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def base_config(name: str, **hub: Any) -> Any:
+    """The configuration of a model or, of an adapter, that of the model under it.
+
+    Args:
+        name: hub id or folder.
+        hub: revision, token and trust_remote_code.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
+
+    with _loading(name):
+        if find_adapter_config_file(name, **hub) is not None:
+            from peft import PeftConfig
+
+            adapter = PeftConfig.from_pretrained(name, **hub)
+            name, hub = adapter.base_model_name_or_path, {**hub, "revision": adapter.revision}
+        return AutoConfig.from_pretrained(name, **hub)
+
+
+def load_scorer(name: str, processor: Any, options: dict[str, Any], *, auto: str = "AutoTokenizer") -> tuple[Any, Any]:
+    """A whole model, or an adapter over its base, and the tokenizer or processor that was saved with it.
+
+    Args:
+        name: hub id or folder.
+        processor: None: it is loaded.
+        options: more for `from_pretrained`.
+        auto: transformers' automatic class of the processor.
+
+    Raises:
+        UserError: it cannot be loaded, or gives no score.
+    """
     import transformers
     from transformers.utils import find_adapter_config_file
 
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-    try:
-        tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name, **hub)
+    with _loading(name):
+        processor = processor or getattr(transformers, auto).from_pretrained(name, **hub)
         if find_adapter_config_file(name, **hub) is not None:
-            return _load_adapter(name, tokenizer, options, hub), tokenizer
+            return _load_adapter(name, processor, options, hub), processor
         config = transformers.AutoConfig.from_pretrained(name, **hub)
         kind = next((kind for kind in HEADS if (config.architectures or [""])[0].endswith(kind)), None)
         if kind is None:
+            raise UserError(f"{name} is a {(config.architectures or ['model'])[0]}, which gives no score. {ADVICE}")
+        scorers = getattr(transformers, f"AutoModel{kind}")
+        if type(config) not in scorers._model_mapping and getattr(config, "vision_config", None) is not None:
             raise UserError(
-                f"{name} is a {(config.architectures or ['model'])[0]}, which gives no score. Train a reward model "
-                "first (RewardTrainer, PRMTrainer), and name the folder that it was saved to."
+                f"{name} sees images: load it with visionalign.rewards.VLMRewardModel, or give its name as a reward."
             )
-        return getattr(transformers, f"AutoModel{kind}").from_pretrained(
-            name, **{"dtype": "auto", **options}
-        ), tokenizer
+        return scorers.from_pretrained(name, **{"dtype": "auto", **options}), processor
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
     except UserError:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"reward model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
-def _load_adapter(name: str, tokenizer: Any, options: dict[str, Any], hub: dict[str, Any]) -> nn.Module:
+def _load_adapter(name: str, processor: Any, options: dict[str, Any], hub: dict[str, Any]) -> nn.Module:
     import transformers
     from peft import PeftConfig, PeftModel
 
@@ -227,6 +348,7 @@ def _load_adapter(name: str, tokenizer: Any, options: dict[str, Any], hub: dict[
         )
     finally:
         transformers.logging.set_verbosity(verbosity)
+    tokenizer = getattr(processor, "tokenizer", processor)
     if len(tokenizer) > base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(len(tokenizer))
     return PeftModel.from_pretrained(base, name, **hub)

@@ -98,6 +98,11 @@ class DataArguments:
     )
     dataset_train_split: str = option("train", "Split to train on.")
     dataset_test_split: str = option("test", "Split to evaluate on, used where the data set has it.")
+    dataset_columns: dict[str, str] | None = option(
+        None,
+        'Columns that are called otherwise, as JSON: {"in the data": "here"}. Unset: usual names such as question and '
+        "answer are known.",
+    )
     eval_fraction: float = option(0.0, "Share of the training rows held out where there is no test split.")
     streaming: bool = option(False, "Read rows while training instead of loading the data set first.")
     max_train_rows: int | None = option(None, "Use at most so many training rows.")
@@ -131,6 +136,7 @@ class DataArguments:
             "streaming": self.streaming,
             "max_train_rows": self.max_train_rows,
             "max_eval_rows": self.max_eval_rows,
+            "columns": self.dataset_columns,
         }
 
 
@@ -153,7 +159,9 @@ class AlignOptions:
         "error", "What to do with a row that cannot be used: stop before training, or leave it out and list it."
     )
     check_rows: int | None = option(
-        20_000, "How many rows have their images decoded before the model is loaded; none: all of them."
+        20_000,
+        "How many rows have their images decoded and their videos opened before the model is loaded; none: all of "
+        "them.",
     )
     eval_answers: int = option(
         16, "How many held-out rows are answered by generation before and after training; 0: none."

@@ -17,6 +17,7 @@ from shared.errors import UserError
 from shared.hub import require_available
 from shared.runtime.arguments import ModelArguments
 from shared.runtime.launch import engine_asked, has_accelerator
+from shared.runtime.scorers import register_scorer
 
 Head = Literal["image-text-to-text", "causal-lm", "sequence-classification", "token-classification"]
 HEADS = {
@@ -27,6 +28,7 @@ HEADS = {
 }
 
 
+HUB_OPTIONS = ("revision", "trust_remote_code")  # of from_pretrained's arguments, those that configurations need too
 POSITIONS = re.compile(r"pos|wpe")  # in the names of tables with a vector for each position
 
 
@@ -168,6 +170,8 @@ def load_model(
     import transformers
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    if head == "sequence-classification":
+        register_scorer(type(load_config(name, revision=revision, trust_remote_code=trust_remote_code)))
     if is_builtin(name):
         from shared.builtin.models import load_model as load_builtin
 

@@ -84,6 +84,9 @@ def train(row: Command, options: Parsed) -> None:
     args.check_output_dir()
     args.model_init_kwargs = {**model_init_kwargs(model), **(args.model_init_kwargs or {})}
     rows = resolve("shared.data.loading:load_datasets")(data.dataset_name, seed=args.seed, **data.loading())
+    for source in rows.sources if args.should_log else ():
+        if source.adapted:
+            print(f"data: {source.name}: {source.adapted}", flush=True)
     trainer = resolve(row.trainer)(
         model.model_name_or_path,
         args=args,

@@ -48,7 +48,8 @@ def data(words: Sequence[str]) -> int:
         train = "a stream" if source.train_rows is None else f"{source.train_rows:,} rows"
         rows = "a stream" if source.test_rows is None else f"{source.test_rows:,} rows"
         held_out = f"{rows} held out ({source.test_split})" if source.test_split else "none held out"
-        print(f"{source.name}: {source.where}; {train} to train on, {held_out}")
+        adapted = f"; {source.adapted}" if source.adapted else ""
+        print(f"{source.name}: {source.where}; {train} to train on, {held_out}{adapted}")
     rows = resolve("shared.data.schema:undecoded")(loaded.train)
     first = next(iter(rows))
     print(f"read as: {resolve('shared.data.schema:detect_kind')(list(first), first)}\nfirst row:")

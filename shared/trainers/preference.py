@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from shared.data.rows import Rows
+from shared.errors import UserError
 from shared.objectives.pair_losses import PER_TOKEN
-from shared.objectives.preference import PairLosses, PairObjective, Pairs, pairs_of, wpo_weights
+from shared.objectives.preference import PairLosses, PairObjective, Pairs, pair_objective, pairs_of, wpo_weights
 from shared.policies.base import GroupedBatch, LogProbs
 from shared.policies.token import TokenPolicy
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import Answer, answer, evenly_spaced, first_set, sampled
-from shared.trainers.judging import Judge, recall, remember, score, win_rate
+from shared.trainers.judging import Judge, check_columns, figure_of, load_judges, recall, remember, score, win_rate
 from shared.trainers.offline import OfflineTrainer
 from shared.trainers.reference import NoReference, Reference
 
@@ -47,7 +48,7 @@ class PreferenceTrainer(OfflineTrainer):
     Args:
         policy: the token policy around `model`.
         asking: how held-out prompts are asked, for the judge.
-        judge: scores a generated answer; None: nothing is generated.
+        judges: score a generated answer; none: nothing is generated.
         ref_model: what `reference_of` is given, once the trainer, and with it the engine, is there.
         As OfflineTrainer otherwise.
     """
@@ -59,13 +60,32 @@ class PreferenceTrainer(OfflineTrainer):
         *,
         policy: TokenPolicy,
         asking: Asking | None = None,
-        judge: Judge | None = None,
+        judges: Sequence[Judge] = (),
         ref_model: Any = None,
         **kwargs: Any,
     ):
-        self.policy, self.asking, self.judge = policy, asking, judge
+        self.policy, self.asking, self.judges = policy, asking, list(judges)
+        questions = evenly_spaced(asking.questions, args.eval_answers) if asking is not None else None
+        for judge in self.judges if questions else ():
+            check_columns(judge, questions[0])
         super().__init__(model, args, **kwargs)
         self.reference = self.reference_of(ref_model)
+
+    def objective_options(self, args: Any) -> dict[str, Any]:
+        """What the constructor takes of the objective. Bad options are told here, before all else."""
+        raise NotImplementedError
+
+    def asked_for(self, args: Any, judge: Any) -> tuple[dict[str, Any], list[Judge]]:
+        """The objective by `objective_options`, and the judges: those given, or the options'.
+
+        Raises:
+            UserError: options that cannot be followed.
+        """
+        try:
+            objective = self.objective_options(args)
+        except ValueError as error:  # an objective's own words for its options
+            raise UserError(str(error)) from error
+        return objective, load_judges(args.judge if judge is None else judge)
 
     def reference_of(self, ref_model: Any) -> Reference:
         """The reference of this run. A trainer whose objective has one fills this in."""
@@ -76,11 +96,14 @@ class PreferenceTrainer(OfflineTrainer):
         rows = first_set(self.eval_dataset)
         if rows is None or self.args.eval_answers < 1:
             return None
-        if len(rows) > ROWS_SCORED and hasattr(rows, "select"):
-            rows = rows.select([at * len(rows) // ROWS_SCORED for at in range(ROWS_SCORED)])
+        if len(rows) > ROWS_SCORED:
+            some = [at * len(rows) // ROWS_SCORED for at in range(ROWS_SCORED)]
+            rows = rows.select(some) if hasattr(rows, "select") else Rows(rows, some)
         output = self.evaluation_loop(self.get_eval_dataloader(rows), "before and after", metric_key_prefix="held")
         figures = {"preference_accuracy": output.metrics["held_rewards/accuracies"]}
-        if self.judge is None or self.asking is None:
+        if "held_logps/chosen" in output.metrics:  # pairs can be told apart while both answers become less likely
+            figures["logps/chosen"] = output.metrics["held_logps/chosen"]
+        if not self.judges or self.asking is None:
             return figures, []
         judged, samples = self._judged()
         return {**figures, **judged}, samples
@@ -91,23 +114,28 @@ class PreferenceTrainer(OfflineTrainer):
             return {}, []
         answers = answer(self.model, questions, self.asking.encode_prompts, self.asking.tokenizer, self.args)
         prompts = [self.asking.prompt(each.row) for each in answers]
-        scores = score(self.judge, prompts, [each.text for each in answers])
+        texts, rows = [each.text for each in answers], [each.row for each in answers]
+        judged = {figure_of(judge): score(judge, prompts, texts, rows) for judge in self.judges}
+        scores = next(iter(judged.values()))
         folder = Path(self.args.output_dir) / "report"
         before = recall(folder) if self.state.global_step > 0 else None
         if before is None or len(before) != len(scores):
             before = scores
             if self.args.should_save and self.state.global_step == 0:
                 remember(scores, folder)
-        shown = {id(each): value for each, value in zip(answers, scores, strict=True)}
+        places = {id(each): at for at, each in enumerate(answers)}
 
         def show(each: Answer) -> SampleRow:
             sample = self.asking.sample(each)
             sample.answer = ""  # a recorded answer is one of many good ones: nothing is right or wrong by it
-            sample.columns["judged"] = f"{shown[id(each)]:.2f}"
+            for name, values in judged.items():
+                named = "judged" if name == "judge_score" else name
+                sample.columns[named] = f"{values[places[id(each)]]:.2f}"
             return sample
 
-        figures = {"judge_score": sum(scores) / len(scores), "win_rate": win_rate(scores, before)}
-        return figures, sampled(answers, show)
+        figures = {name: sum(values) / len(values) for name, values in judged.items()}
+        lower = getattr(self.judges[0], "lower_is_better", False)
+        return figures | {"win_rate": win_rate(scores, before, lower_is_better=lower)}, sampled(answers, show)
 
     def _record_means(self, sums: dict[str, Tensor]) -> None:
         """Record what `evaluation_metrics` would make of these sums, as metrics of training."""
@@ -177,7 +205,7 @@ class PairedTrainer(PreferenceTrainer):
     def means(self) -> dict[str, tuple[str, str]]:
         rewards = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
         by_pair = {name: (name, "rows") for name in (*rewards, "logps/chosen", "logps/rejected")}
-        losses = self.objective.losses if len(self.objective.losses) > 1 else ()
+        losses = self.objective.names if len(self.objective.names) > 1 else ()
         terms = {f"loss/{name}": (f"loss/{name}", "chosen_tokens" if name in PER_TOKEN else "rows") for name in losses}
         return {**by_pair, **terms, "mean_token_accuracy": ("correct", "tokens")}
 
@@ -217,3 +245,35 @@ def _paired_sums(pairs: Pairs, losses: PairLosses, out: LogProbs) -> dict[str, T
 def share_above(differences: Tensor) -> Tensor:
     """1 where positive, 0 where negative, ½ where level: before training, policy and reference differ by rounding."""
     return (differences > LEVEL).float() + 0.5 * (differences.abs() <= LEVEL)
+
+
+def dpo_objective(args: Any) -> PairObjective:
+    """The objective of the DPO family that PairLossOptions with a `beta` ask for.
+
+    Raises:
+        UserError, ValueError: options that are unknown or out of range.
+    """
+    if args.ld_alpha is not None and not 0 <= args.ld_alpha <= 1:
+        raise UserError(f"ld_alpha {args.ld_alpha}: must be at least 0 and at most 1 (plain DPO).")
+    return pair_objective(
+        args.loss_type,
+        args.loss_weights,
+        beta=args.beta,
+        label_smoothing=args.label_smoothing,
+        discopop_tau=args.discopop_tau,
+        f_divergence=args.f_divergence_type,
+        f_alpha=args.f_alpha_divergence_coef,
+        use_weighting=args.use_weighting,
+    )
+
+
+def check_arguments(compute_metrics: Any, preprocess_logits_for_metrics: Any, model_init: Any = None) -> None:
+    """Raise UserError for arguments of transformers.Trainer that these trainers cannot use."""
+    for name, value in (
+        ("compute_metrics", compute_metrics),
+        ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
+    ):
+        if value is not None:
+            raise UserError(f"{name} is not taken: whole logits never exist here. Evaluation has its metrics.")
+    if model_init is not None:
+        raise UserError("model_init is not taken: give the model, or its name, as model.")

@@ -1,11 +1,13 @@
 """Reference log-probabilities computed once, before training, and kept on disk for later runs.
 
 They are kept for each token of each answer, under a key of what they depend on: the reference's weights and the type
-they are held in, the rows' tokens, and the type of the computation. Learning rate, β, the objective and its weights
-are not among these, so that runs which differ in them pay once. One folder a key:
+they are held in, the rows' tokens (of rows with images, what they are made of), and the type of the computation.
+Learning rate, β, the objective and its weights are not among these, so that runs which differ in them pay once. One
+folder a key:
 
     $TRIALIGN_CACHE/reference/<key>/chosen_ref_logp.npy   flat float32, row after row
                                     rejected_ref_logp.npy
+                                    chosen_ref_logp.lengths.npy   where the rows themselves do not tell
                                     made_of.json          what the key stands for, to be read by people
 
 `$TRIALIGN_CACHE` is ~/.cache/trialign where it is not set. Nothing is ever deleted here.
@@ -18,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shared.builtin import is_builtin
-from shared.data.rows import PADDING
-from shared.data.token_cache import cache_folder
+from shared.cache import cache_folder
+from shared.data.rows import ROW, Extended, Rows
 from shared.data.tokens import Ragged, TokenTable
 from shared.errors import UserError
 from shared.policies.base import GroupedBatch
@@ -116,9 +118,14 @@ def _as_text(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, set) else str(value)
 
 
+# names of columns, those of a batch's members in turn -> the batch, or what of it has them
+Parts = Mapping[tuple[str, ...], Callable[[Any], GroupedBatch]]
+PAIRED: Parts = {("chosen_ref_logp", "rejected_ref_logp"): lambda batch: batch}
+
+
 def precompute(
     reference: Reference | Callable[[], Reference],
-    table: TokenTable,
+    rows: TokenTable | Rows,
     collator: Callable[[list[dict[str, Any]]], GroupedBatch],
     *,
     weights: str,
@@ -126,52 +133,66 @@ def precompute(
     accelerator: Accelerator,
     batch_size: int,
     what: str = "train",
-) -> TokenTable:
+    content: str | None = None,
+    parts: Parts = PAIRED,
+) -> TokenTable | Rows:
     """The rows with the reference's log-probabilities of each token of their answers, computed or from the cache.
 
-    All processes call it together; each runs its share of the rows, of like lengths at a time.
+    All processes call it together; each runs its share of the rows, where possible of like lengths at a time.
 
     Args:
         reference: the reference, or what makes it: called only where there is something to compute.
-        table: preference rows, or unpaired ones.
+        rows: preference rows, or unpaired ones, as tokens; or rows that become tokens in the collator, whose batches
+            then tell which rows they hold in `columns["row"]`.
         collator: makes a batch of rows; without KL pairs for unpaired rows.
         weights: what stands for the reference's weights: from `weights_of_name` or `weights_of_model`.
         model: the policy's model as it can be run now.
         accelerator: of the trainer.
         batch_size: rows a process runs at a time.
         what: the rows' name in the line that is printed.
+        content: of rows that become tokens in the collator, what stands for them and for how they become tokens.
+        parts: of those, which columns are made of what.
 
     Returns:
-        The table with columns `chosen_ref_logp` and `rejected_ref_logp`, or `completion_ref_logp`: float32, one value
-        a token.
+        The rows with columns `chosen_ref_logp` and `rejected_ref_logp`, `completion_ref_logp`, or those of `parts`:
+        float32, one value a token.
 
     Raises:
         UserError: rows that are streamed or hold no answers.
     """
-    columns = _columns(table)
+    lengths: dict[str, np.ndarray] | None = None
+    if content is None:
+        columns = _columns(rows)
+        parts = {tuple(columns.values()): lambda batch: batch}
+        lengths = {name: rows.columns[ids].lengths for ids, name in columns.items()}
+    names = [name for part in parts for name in part]
     made_of = {
         "format": FORMAT,
         "weights": weights,
-        "tokens": _digest_of_tokens(table),
+        "tokens": content or _digest_of_tokens(rows),
         "computed in": accelerator.mixed_precision,
     }
     key = hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
     folder = cache_folder("reference") / broadcast_object_list([key])[0]
     started = time.perf_counter()
-    known = all(gather_object([_is_complete(folder, table, columns)]))
+    known = all(gather_object([_is_complete(folder, names, len(rows), lengths)]))
     if not known:
         reference = reference if isinstance(reference, Reference) else reference()
-        values = _computed(reference, table, collator, columns, model, accelerator, batch_size)
+        values = _computed(reference, rows, collator, parts, model, accelerator, batch_size)
         if accelerator.is_local_main_process:
-            _write(folder, values, made_of)
+            _write(folder, values, made_of, with_lengths=lengths is None)
         accelerator.wait_for_everyone()
-    if accelerator.is_main_process and len(table):
+    if accelerator.is_main_process and len(rows):
         seconds = time.perf_counter() - started
-        how = f"in {seconds:.1f} s ({len(table) / seconds:,.0f} rows/s), kept in" if not known else "from cache:"
-        print(f"Reference log-probabilities of {what}: {len(table):,} rows {how} {folder}", flush=True)
-    for ids, name in columns.items():
-        table = table.with_column(name, Ragged.of_lengths(_opened(folder, name), table.columns[ids].lengths))
-    return table
+        how = f"in {seconds:.1f} s ({len(rows) / seconds:,.0f} rows/s), kept in" if not known else "from cache:"
+        print(f"Reference log-probabilities of {what}: {len(rows):,} rows {how} {folder}", flush=True)
+    lengths = lengths or {name: _opened(folder, f"{name}.lengths") for name in names}
+    made = {name: Ragged.of_lengths(_opened(folder, name), lengths[name]) for name in names}
+    if content is not None:
+        return Extended(rows, made)
+    for name, column in made.items():
+        rows = rows.with_column(name, column)
+    return rows
 
 
 def _columns(table: TokenTable) -> dict[str, str]:
@@ -198,46 +219,48 @@ def _digest_of_tokens(table: TokenTable) -> str:
 
 def _computed(
     reference: Reference,
-    table: TokenTable,
+    rows: TokenTable | Rows,
     collator: Callable,
-    columns: dict[str, str],
+    parts: Parts,
     model: nn.Module,
     accelerator: Accelerator,
     batch_size: int,
-) -> dict[str, np.ndarray]:
-    """Flat columns of all rows, on every process."""
-    order = np.argsort(-table.lengths, kind="stable")  # rows of like lengths in a batch; the longest show first
-    share = table.select(order).share(accelerator.process_index, accelerator.num_processes)
-    mine: dict[str, list[np.ndarray]] = {name: [] for name in columns.values()}
-    for rows in _batches(share, batch_size):
-        batch = collator(rows).to(accelerator.device)
-        with accelerator.autocast():
-            logp = reference.log_probs(model, batch).cpu().numpy()
-        for member, (ids, name) in enumerate(columns.items()):
-            answers = logp[member :: batch.group_size]
-            real = zip(answers, rows, strict=True)
-            mine[name] += [answer[: len(row[ids])] for answer, row in real if not row.get(PADDING)]
-    whole = {}
-    for ids, name in columns.items():
-        shares = gather_object([mine[name]])
-        parts: list[np.ndarray] = [np.empty(0, np.float32)] * len(table)
-        for rank, answers in enumerate(shares):
-            for at, answer in zip(order[rank :: len(shares)], answers, strict=True):
-                parts[at] = answer
-        whole[name] = np.concatenate(parts).astype(np.float32)
-        assert len(whole[name]) == table.columns[ids].lengths.sum(), f"{ids}: the collator cut rows short"
+) -> dict[str, list[np.ndarray]]:
+    """One array a row for each column, on every process; an empty one for a row that the collator left out."""
+    order = np.arange(len(rows))
+    if isinstance(rows, TokenTable):
+        order = np.argsort(-rows.lengths, kind="stable")  # rows of like lengths in a batch; the longest show first
+        rows = rows.select(order)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    share, places = rows.share(rank, processes), order[rank::processes].tolist()
+    mine: list[tuple[int, str, np.ndarray]] = []
+    for start in range(0, len(share), batch_size):
+        some = [share[at] for at in range(start, min(start + batch_size, len(share)))]
+        own = places[start : start + len(some)]  # fewer where the share is filled up
+        batch = collator(some).to(accelerator.device)
+        if "row" in batch.columns:  # rows may have been left out
+            numbered = {row[ROW]: place for row, place in zip(some, own, strict=False)}
+            own = [numbered.get(number) for number in batch.columns["row"].tolist()]
+        for names, part_of in parts.items():
+            part = part_of(batch)
+            with accelerator.autocast():
+                logp = reference.log_probs(model, part).cpu().numpy()
+            lengths = part.completion_attention.sum(1).tolist()
+            for at, place in enumerate(own):
+                if place is not None:
+                    first = at * part.group_size
+                    mine += [(place, name, logp[i][: lengths[i]]) for i, name in enumerate(names, start=first)]
+    whole = {name: [np.empty(0, np.float32)] * len(order) for part in parts for name in part}
+    for place, name, values in (found for shared in gather_object([mine]) for found in shared):
+        whole[name][place] = values.astype(np.float32)
     return whole
 
 
-def _batches(share: Any, batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(share), batch_size):
-        yield [share[at] for at in range(start, min(start + batch_size, len(share)))]
-
-
-def _is_complete(folder: Path, table: TokenTable, columns: dict[str, str]) -> bool:
+def _is_complete(folder: Path, names: list[str], count: int, lengths: Mapping[str, np.ndarray] | None) -> bool:
     if not folder.is_dir():
         return False
-    return all(len(_opened(folder, name)) == table.columns[ids].lengths.sum() for ids, name in columns.items())
+    known = {name: lengths[name] if lengths else _opened(folder, f"{name}.lengths") for name in names}
+    return all(len(own) == count and len(_opened(folder, name)) == own.sum() for name, own in known.items())
 
 
 def _opened(folder: Path, name: str) -> np.ndarray:
@@ -245,13 +268,17 @@ def _opened(folder: Path, name: str) -> np.ndarray:
     return np.load(path, mmap_mode="r" if path.stat().st_size > 128 else None)  # an empty array cannot be mapped
 
 
-def _write(folder: Path, values: dict[str, np.ndarray], made_of: dict[str, Any]) -> None:
+def _write(
+    folder: Path, values: Mapping[str, list[np.ndarray]], made_of: dict[str, Any], *, with_lengths: bool
+) -> None:
     """Write a folder so that it is there whole or not at all."""
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        for name, array in values.items():
-            np.save(unfinished / f"{name}.npy", array)
+        for name, arrays in values.items():
+            np.save(unfinished / f"{name}.npy", np.concatenate([np.empty(0, np.float32), *arrays]))
+            if with_lengths:
+                np.save(unfinished / f"{name}.lengths.npy", np.array([len(array) for array in arrays], np.int64))
         (unfinished / "made_of.json").write_text(json.dumps(made_of, indent=1), encoding="utf-8")
         if not folder.is_dir():  # another run, or another machine's process, was as quick
             unfinished.rename(folder)

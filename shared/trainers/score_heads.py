@@ -6,11 +6,12 @@ import contextlib
 import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from shared.errors import UserError
 from shared.hub import require_available
@@ -91,6 +92,28 @@ def check_head_is_trained(model: nn.Module) -> None:
     """Raise UserError where an adapter leaves the score head as it was drawn."""
     if not any(parameter.requires_grad for parameter in head_of(model).parameters()):
         raise UserError(f"The adapter does not train the score head, so no score could be learnt. {ADVICE}")
+
+
+def pad_apart(tokenizer: PreTrainedTokenizerBase, never: Collection[int] = ()) -> None:
+    """Pad with a token that ends no text, where the tokenizer has one.
+
+    transformers reads a row's score at its last token that is not the pad token: padded with the token that ends a
+    text, it would not look at the end of an answer, which tells a finished one from one that was cut.
+
+    Args:
+        tokenizer: is changed.
+        never: numbers of tokens that are not to be padded with, such as those that hold an image's place.
+    """
+    if tokenizer.pad_token_id not in {tokenizer.eos_token_id, *never}:
+        return
+    template = str(tokenizer.chat_template or "")
+    in_use = {tokenizer.eos_token, tokenizer.bos_token}
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in [tokenizer.unk_token, *special]:
+        free = token is not None and token not in in_use and token not in template
+        if free and tokenizer.convert_tokens_to_ids(token) not in never:
+            tokenizer.pad_token = token
+            return
 
 
 class _NewHead(logging.Filter):

@@ -7,20 +7,34 @@ scored before and after training.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from shared.data.rows import ROW
+from shared.errors import UserError
 from shared.objectives.reward_modeling import pair_reward_loss, step_loss
 from shared.policies.base import GroupedBatch
 from shared.policies.prefix import evaluating
 from shared.policies.score import ScorePolicy
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import SAMPLES_SHOWN, first_set
+from shared.trainers.config import AlignConfig
 from shared.trainers.offline import OfflineTrainer
 from shared.trainers.readying import evaluated_model
+from shared.trainers.scoring_options import PairRewardOptions
+
+
+@dataclass
+class PairRewardConfig(PairRewardOptions, AlignConfig):
+    """AlignConfig of the trainers of reward models."""
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if (self.center_rewards_coefficient or 0.0) < 0:
+            raise UserError(f"center_rewards_coefficient {self.center_rewards_coefficient}: must be at least 0.")
 
 
 class ScoringTrainer(OfflineTrainer):
@@ -77,6 +91,10 @@ class PairRewardTrainer(ScoringTrainer):
     def describe(self, row: dict[str, Any]) -> tuple[str, str, str]:
         """Prompt, chosen and rejected completion of a row as text."""
         raise NotImplementedError
+
+    def pictures(self, row: dict[str, Any]) -> list[Any]:
+        """The images of a row, as the report shows them."""
+        return []
 
     def step_counts(self, batch: GroupedBatch) -> dict[str, Tensor]:
         return {**super().step_counts(batch), "pairs": _counted(batch).sum()}
@@ -143,12 +161,14 @@ class PairRewardTrainer(ScoringTrainer):
 
     def scored_samples(self, model: nn.Module, rows: Sequence[dict[str, Any]], batch: GroupedBatch) -> list[SampleRow]:
         rewards = self.policy.rewards(model, batch).tolist()
+        rows = [row for row in rows if not batch.notes.get(row.get(ROW), "").startswith("left out")]
         samples = []
-        for row, better, worse in zip(rows, rewards[0::2], rewards[1::2], strict=True):
+        for row, better, worse in zip(rows, *(rewards[at : 2 * len(rows) : 2] for at in range(2)), strict=True):
             prompt, chosen, rejected = self.describe(row)
             verdict = "right" if better > worse else "wrong"
             scores = f"{verdict}: chosen {better:+.3f}, rejected {worse:+.3f}"
-            samples.append(SampleRow([], prompt, "", after=scores, columns={"chosen": chosen, "rejected": rejected}))
+            answers = {"chosen": chosen, "rejected": rejected}
+            samples.append(SampleRow(self.pictures(row), prompt, "", after=scores, columns=answers))
         return samples
 
 

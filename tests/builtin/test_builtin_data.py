@@ -16,7 +16,7 @@ import shared.builtin as builtin
 from shared.builtin import digits, shapes
 from shared.errors import UserError
 
-NAMES = ["builtin/digits", "builtin/shapes"]
+NAMES = ["builtin/digits", "builtin/shapes", "builtin/shapes-simple"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -88,6 +88,14 @@ def test_two_loads_give_the_same_bytes():
 def test_every_kind_has_its_number_of_rows():
     counted = collections.Counter(builtin.load_dataset("builtin/shapes", "test")["kind"])
     assert counted == shapes.TEST_ROWS
+    for split, rows in shapes.SIMPLE_ROWS.items():
+        assert collections.Counter(builtin.load_dataset("builtin/shapes-simple", split)["kind"]) == rows
+
+
+def test_simple_pictures_have_one_or_two_shapes():
+    rows = builtin.load_dataset("builtin/shapes-simple", "test").remove_columns("images")
+    told = [row["messages"][1]["content"][0]["text"].split() for row in rows if row["kind"] == "describe"]
+    assert {len(words) // 2 for words in told} == {1, 2}
 
 
 def test_split_does_not_depend_on_the_pixels():
@@ -146,7 +154,7 @@ def test_a_shape_is_painted_in_its_cell_in_its_colour():
 
 
 def test_the_three_forms_differ_in_area():
-    area = {form: (shapes._sprite(form, "white", 14)[..., 0] > 128).sum() / 14**2 for form in shapes.FORMS}
+    area = {form: (shapes.sprite(form, "white", 14)[..., 0] > 128).sum() / 14**2 for form in shapes.FORMS}
     assert area["square"] == 1
     assert area["circle"] == pytest.approx(np.pi / 4, abs=0.04)
     assert area["triangle"] == pytest.approx(0.5, abs=0.04)
@@ -210,6 +218,7 @@ def test_a_recipe_names_what_is_there_and_answers_every_held_out_row(name):
     assert set(names) <= set(builtin.DATASETS)
     if "eval_answers" in options:
         assert options["eval_answers"] == sum(len(builtin.load_dataset(name, "test")) for name in names)
-    if "judge" in options:
-        module, _, function = options["judge"].rpartition(".")
+    judges = options.get("judge", [])
+    for judge in [judges] if isinstance(judges, str) else judges:
+        module, _, function = judge.rpartition(".")
         assert callable(getattr(importlib.import_module(module), function))

@@ -12,11 +12,14 @@ from shared import builtin
 from shared.builtin import graded, measure, train_lm
 from shared.builtin.models import load_processor
 from shared.runtime.models import load_config, load_model
+from visionalign.rewards import VLMRewardModel
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_builtin_models.py"
 HEADS = {
     "builtin/rm-reviews": ("sequence-classification", "LlamaForSequenceClassification", "builtin/lm-small-sft"),
     "builtin/vlm-small-sft": ("image-text-to-text", "LlavaForConditionalGeneration", "builtin/vlm-small"),
+    "builtin/vlm-small-draft": ("image-text-to-text", "LlavaForConditionalGeneration", "builtin/vlm-small-sft"),
+    "builtin/rm-shapes": ("sequence-classification", "LlavaForSequenceClassification", "builtin/vlm-small-sft"),
     "builtin/lm-tldr-sft": ("causal-lm", "LlamaForCausalLM", "builtin/lm-small-sft"),
 }
 
@@ -29,6 +32,11 @@ def loaded():
 @pytest.fixture(scope="module")
 def processors():
     return {name: load_processor(name) for name in HEADS}
+
+
+@pytest.fixture(scope="module")
+def seeing(loaded, processors):
+    return VLMRewardModel(loaded["builtin/rm-shapes"], processors["builtin/rm-shapes"], batch_size=100)
 
 
 def on_the_card(name: str, what: str) -> float:
@@ -104,6 +112,42 @@ def test_the_vision_model_gets_some_questions_right_at_some_tries(loaded, proces
 def test_the_vision_model_knows_colours_and_shapes(loaded, processors, kind):
     name, rows = "builtin/vlm-small-sft", builtin.load_dataset("builtin/shapes", "test")
     assert measure.share(loaded[name], processors[name], kind, rows.select(range(350))) >= 0.95
+
+
+def test_the_draft_tells_what_is_not_there_although_it_sees(loaded, processors):
+    name, rows = "builtin/vlm-small-draft", builtin.load_dataset("builtin/shapes", "test")
+    found = measure.descriptions(loaded[name], processors[name], 80, sample=False)
+    said = on_the_card(name, "greedy descriptions that name what is not there")
+    assert 0.3 <= said <= 0.5 and found.hallucinated == pytest.approx(said, abs=0.12)
+    told = on_the_card(name, "shapes of the picture that greedy descriptions name")
+    assert found.recall == pytest.approx(told, abs=0.06) and told < 0.97
+    for kind in ("colour", "shape"):
+        assert measure.share(loaded[name], processors[name], kind, rows.select(range(200))) >= 0.95
+
+
+def test_the_seeing_reward_model_orders_answers_as_its_card_says(seeing):
+    said = on_the_card("builtin/rm-shapes", "pairs of `builtin/shapes-preference` in order")
+    assert said >= 0.95 and measure.answers_in_order(seeing, 100) == pytest.approx(said, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("near", "other"), [(True, "one that differs in one thing"), (False, "any other")], ids=["near", "far"]
+)
+def test_the_seeing_reward_model_orders_pictures_as_its_card_says(seeing, near, other):
+    said = on_the_card("builtin/rm-shapes", f"descriptions that score higher with their picture than with {other}")
+    found = measure.pictures_in_order(seeing, 80, near=near)
+    assert said >= 0.95 and found == pytest.approx(said, abs=0.06)
+
+
+def test_pictures_by_hand():
+    asked = []
+
+    def score(prompts, images):
+        asked.append((prompts, [image.size for image in images]))
+        return [1.0, 2.0, 3.0] if len(asked) % 2 else [1.5, 1.0, 3.0]
+
+    assert measure.pictures_in_order(score, 3, near=True) == pytest.approx(1 / 3)  # of equal scores none is higher
+    assert [sizes for _, sizes in asked] == [[(48, 48)] * 3] * 2 and asked[0][0] == asked[1][0]
 
 
 def test_summaries_leave_room(loaded, processors):

@@ -19,7 +19,7 @@ from shared.errors import UserError
 from shared.policies.token import TokenPolicy
 from shared.trainers import reference_cache
 from shared.trainers.reference import AdapterOff, Cached, NoReference
-from shared.trainers.reference_cache import precompute, weights_of_model, weights_of_name
+from shared.trainers.reference_cache import PAIRED, precompute, weights_of_model, weights_of_name
 
 SMALL = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
@@ -145,10 +145,9 @@ def test_shares_of_several_processes_make_one_table(model, accelerator, monkeypa
         process = types.SimpleNamespace(
             process_index=rank, num_processes=2, device=torch.device("cpu"), autocast=contextlib.nullcontext
         )
-        columns = {"chosen_ids": "chosen_ref_logp", "rejected_ids": "rejected_ref_logp"}
         reference = AdapterOff(TokenPolicy(own))
         table = TokenTable.of_records(PAIRS)
-        found[rank] = reference_cache._computed(reference, table, PairCollator(0), columns, own, process, 2)
+        found[rank] = reference_cache._computed(reference, table, PairCollator(0), PAIRED, own, process, 2)
 
     found = {}
     monkeypatch.setattr(reference_cache, "gather_object", gather)
@@ -160,7 +159,8 @@ def test_shares_of_several_processes_make_one_table(model, accelerator, monkeypa
     for name in ("chosen_ref_logp", "rejected_ref_logp"):
         assert len({len(share) for share in brought}) == 2  # three rows: one process has one row more
         for rank in range(2):
-            np.testing.assert_allclose(found[rank][name], expected.columns[name].values, atol=1e-5)
+            values = np.concatenate(found[rank][name])
+            np.testing.assert_allclose(values, expected.columns[name].values, atol=1e-5)
 
 
 def test_an_interrupted_run_leaves_nothing(model, accelerator, folder, monkeypatch):

@@ -43,6 +43,7 @@ def test_tensors_are_indexed_as_the_table_says(tiny, family):
     grids = batch.model_inputs.get("image_grid_thw")
     sizes = {
         "sample": 2,
+        "seeing": 2,
         "image": 3,
         "token": 2,
         "patch": int(grids.prod(1).sum()) if grids is not None else None,
