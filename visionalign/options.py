@@ -40,7 +40,9 @@ class FeatureCacheOptions(AlignOptions):
         False, "Run a frozen vision tower once an image, before training, and keep what it gives on disk."
     )
     vision_cache_dir: str | None = option(
-        None, "Folder of these features. Unset: vision-features in $TRIALIGN_CACHE or ~/.cache/trialign."
+        None,
+        "Folder of these features. Unset: vision-features in $TRIALIGN_CACHE or ~/.cache/trialign.",
+        needs="cache_vision_features",
     )
 
 

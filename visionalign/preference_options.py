@@ -21,7 +21,9 @@ class VLMDPOOptions(PairLossOptions, PreferenceOptions, BeforehandOptions, VLMPr
         "(arXiv:2406.11839, where it is 1). It costs a second image a row.",
     )
     image_corruption: Literal["crop", "noise", "blank"] = option(
-        "crop", "Corrupted images: a small piece made as large as the whole, noise laid over, or plain grey."
+        "crop",
+        "Corrupted images: a small piece made as large as the whole, noise laid over, or plain grey.",
+        needs="image_loss_weight",
     )
     anchor_loss_weight: float = option(
         0.0, "Weight of mDPO's term that keeps the chosen answer from becoming less likely (1 in the paper)."

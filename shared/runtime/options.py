@@ -37,7 +37,7 @@ def option(default: Any, help: str, *, needs: str | None = None) -> Any:
     Args:
         default: the value where nothing is given; a list or dict is copied for every instance.
         help: one or two sentences; shown by --help.
-        needs: name of the on/off option without which this one has no effect. Giving this one alone is an error.
+        needs: name of the option without which this one has no effect. Giving this one alone is an error.
     """
     metadata = {"help": help, "needs": needs}
     if isinstance(default, list | dict):

@@ -175,7 +175,8 @@ def _without_effect(given: dict[str, _Given], known: dict[str, Option]) -> Itera
     for item in given.values():
         switch = known[item.name].needs
         if switch and switch not in given:
-            yield f"{item.label}: has no effect without {switch}. Add --{switch}, or --no_{switch} to keep it unused"
+            unused = f", or --no_{switch} to keep it unused" if known[switch].annotation is bool else ""
+            yield f"{item.label}: has no effect without {switch}. Add --{switch}{unused}"
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pytest
 from shared.errors import UserError
 from shared.runtime.arguments import AlignOptions, DataArguments, ModelArguments
 from shared.runtime.parser import parse_arguments
+from visionalign.preference_options import VLMDPOOptions
 
 GROUPS = (ModelArguments, DataArguments, AlignOptions)
 
@@ -31,6 +32,7 @@ def test_every_option_is_documented_and_has_a_default(group):
         (ModelArguments, ["--use_peft", "--lora_dropout", "1"], "lora_dropout 1.0: must be at least 0 and below 1"),
         (ModelArguments, ["--lora_r", "8"], "--lora_r: has no effect without use_peft. Add --use_peft"),
         (ModelArguments, ["--bnb_4bit_quant_type", "fp4"], "has no effect without load_in_4bit"),
+        (VLMDPOOptions, ["--image_corruption", "noise"], "without image_loss_weight. Add --image_loss_weight$"),
         (DataArguments, [], "dataset_name is missing"),
         (DataArguments, ["--dataset_name", "a", "b", "--dataset_weights", "1"], "dataset_weights 1.0: give one"),
         (DataArguments, ["--dataset_name", "a", "--dataset_weights", "0"], "dataset_weights 0.0: give one"),
