@@ -5,7 +5,6 @@ Each prompt's images and videos are processed once and seen once for the whole g
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from shared.data.schema import Kind
 from shared.errors import UserError
 from shared.objectives.policy_gradient import PolicyGradient
 from shared.trainers.config import AlignConfig
-from shared.trainers.datasets import check_evaluation, checked_rows, kind_of
+from shared.trainers.datasets import check_evaluation
 from shared.trainers.online_config import OnlineConfig
 from shared.trainers.policy_gradient import PolicyGradientTrainer, objective_of
 from shared.trainers.reference_checks import check_reference_used
@@ -26,7 +25,7 @@ from shared.trainers.token_rollouts import engine_of, sampling_of, token_parts
 from visionalign.collators import VLMCollator
 from visionalign.families import placeholder_ids
 from visionalign.online_options import VLMGRPOOptions
-from visionalign.preparing import load_vlm, prepare_vlm, shards_the_model
+from visionalign.preparing import left_out_notes, load_vlm, prepare_rows, prepare_vlm, shards_the_model
 from visionalign.prompting import VLMPrompts
 from visionalign.referenced import VLMReference
 from visionalign.video import video_reader
@@ -98,9 +97,7 @@ class VLMGRPOTrainer(VLMReference, PolicyGradientTrainer):
         check_evaluation(args, eval_dataset)
         run = prepare_vlm(model, args, processing_class)
         self.model_name, self.loaded_from = run.model_name, model if isinstance(model, str) else None
-        kind = kind_of(train_dataset, {Kind.PROMPT_ONLY})
-        images = sys.maxsize if args.check_rows is None else args.check_rows
-        train, held_out = checked_rows(train_dataset, eval_dataset, kind, args, check_images=images)
+        kind, train, held_out = prepare_rows(train_dataset, eval_dataset, {Kind.PROMPT_ONLY}, args)
         collator = VLMCollator(
             run.processor,
             family=run.family,
@@ -134,7 +131,7 @@ class VLMGRPOTrainer(VLMReference, PolicyGradientTrainer):
             optimizers=optimizers,
             ref_model=self.reference_given if args.beta else None,
         )
-        self.row_notes = {row: f"left out: {why}" for row, why in getattr(train, "left_out", {}).items()}
+        self.row_notes = left_out_notes(train)
 
     def title(self) -> str:
         return f"Vision-language GRPO: {self.model_name}"

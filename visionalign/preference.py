@@ -6,7 +6,6 @@ become batches in pairs.py.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,13 +25,13 @@ from shared.rewards.base import text_of
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import Answer
 from shared.trainers.config import AlignConfig
-from shared.trainers.datasets import check_evaluation, check_steps, checked_rows, kind_of
+from shared.trainers.datasets import check_evaluation, check_steps
 from shared.trainers.judging import Judge
 from shared.trainers.preference import PairedTrainer, check_arguments, dpo_objective
 from visionalign.corruption import Corruption
 from visionalign.pairs import VLMPairCollator, pair_collator, question_of, read_images
 from visionalign.preference_options import VLMDPOOptions
-from visionalign.preparing import load_vlm, prepare_vlm
+from visionalign.preparing import left_out_notes, load_vlm, prepare_rows, prepare_vlm
 from visionalign.referenced import VLMReference
 
 NOT_TAKEN = {
@@ -107,9 +106,7 @@ class VLMDPOTrainer(VLMReference, PairedTrainer):
         check_evaluation(args, eval_dataset)
         run = prepare_vlm(model, args, processing_class)
         self.model_name, self.loaded_from = run.model_name, model if isinstance(model, str) else None
-        kind = kind_of(train_dataset, {Kind.PREFERENCE})
-        images = sys.maxsize if args.check_rows is None else args.check_rows
-        train, held_out = checked_rows(train_dataset, eval_dataset, kind, args, check_images=images)
+        _, train, held_out = prepare_rows(train_dataset, eval_dataset, {Kind.PREFERENCE}, args)
         check_steps(args, train)
         if data_collator is None:
             corrupt = Corruption(args.image_corruption, args.seed) if args.image_loss_weight else None
@@ -140,7 +137,7 @@ class VLMDPOTrainer(VLMReference, PairedTrainer):
             ref_model=self.reference_given,
             **objective,
         )
-        self.row_notes = {row: f"left out: {why}" for row, why in getattr(train, "left_out", {}).items()}
+        self.row_notes = left_out_notes(train)
 
     def objective_options(self, args: VLMDPOConfig) -> dict[str, Any]:
         if args.image_loss_weight and args.ld_alpha is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.integrations.deepspeed import deepspeed_config
 
+from shared.data.schema import Kind
 from shared.errors import UserError
 from shared.runtime.adapters import attach_adapter
 from shared.runtime.launch import engine_asked
 from shared.runtime.models import HUB_OPTIONS, Head, load_config, load_model, load_processor, without_dropout
+from shared.trainers.datasets import checked_rows, kind_of
 from visionalign.families import PARTS, Family, family_of, parameters
 from visionalign.image_options import check_image_options, check_processor_kwargs, with_image_options
 
@@ -56,6 +60,29 @@ def prepare_vlm(model: str | nn.Module, args: Any, processing_class: ProcessorMi
     if args.should_log:
         print(f"model: {name} ({family.name})", flush=True)
     return VLMRun(name, family, processing_class)
+
+
+def prepare_rows(train: Any, held_out: Any, allowed: Collection[Kind], args: Any) -> tuple[Kind, Any, Any]:
+    """What the rows are, and those that can be used of the training and of the held-out ones.
+
+    Images and videos are opened in so many rows as `args.check_rows` says.
+
+    Args:
+        train, held_out, args: the trainer's.
+        allowed: the kinds that the trainer takes.
+
+    Raises:
+        UserError: no rows, or something that is no data set.
+        DataError: columns or rows that cannot be used, named.
+    """
+    kind = kind_of(train, allowed)
+    opened = sys.maxsize if args.check_rows is None else args.check_rows
+    return kind, *checked_rows(train, held_out, kind, args, check_images=opened)
+
+
+def left_out_notes(rows: Any) -> dict[int, str]:
+    """Row number -> that it is left out, and why."""
+    return {row: f"left out: {why}" for row, why in getattr(rows, "left_out", {}).items()}
 
 
 def load_vlm(

@@ -7,7 +7,6 @@ by transformers' `AutoModelForSequenceClassification`.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +20,7 @@ from shared.policies.score import ScorePolicy, inner_model
 from shared.rewards.base import text_of
 from shared.rewards.models import tell_padding
 from shared.runtime.models import HUB_OPTIONS
-from shared.trainers.datasets import check_evaluation, check_steps, checked_rows, kind_of
+from shared.trainers.datasets import check_evaluation, check_steps
 from shared.trainers.score_heads import (
     check_head_is_trained,
     check_scorer,
@@ -32,7 +31,7 @@ from shared.trainers.score_heads import (
 from shared.trainers.scoring import PairRewardConfig, PairRewardTrainer
 from visionalign.families import placeholder_ids
 from visionalign.pairs import VLMPairCollator, pair_collator, question_of, read_images
-from visionalign.preparing import VLMRun, load_vlm, prepare_vlm
+from visionalign.preparing import VLMRun, left_out_notes, load_vlm, prepare_rows, prepare_vlm
 from visionalign.reward_options import VLMRewardOptions
 
 TASK = "SEQ_CLS"
@@ -98,9 +97,7 @@ class VLMRewardTrainer(PairRewardTrainer):
         init = args.model_init_kwargs or {}
         check_scorer(model, TASK, 1, **{name: init[name] for name in HUB_OPTIONS if name in init})
         peft_config = scoring_adapter(peft_config, TASK)
-        kind = kind_of(train_dataset, {Kind.PREFERENCE})
-        images = sys.maxsize if args.check_rows is None else args.check_rows
-        train, held_out = checked_rows(train_dataset, eval_dataset, kind, args, check_images=images)
+        _, train, held_out = prepare_rows(train_dataset, eval_dataset, {Kind.PREFERENCE}, args)
         check_steps(args, train)
         if data_collator is None:
             _pad_apart(run)
@@ -130,7 +127,7 @@ class VLMRewardTrainer(PairRewardTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.row_notes = {row: f"left out: {why}" for row, why in getattr(train, "left_out", {}).items()}
+        self.row_notes = left_out_notes(train)
 
     def title(self) -> str:
         return f"Vision-language reward modelling: {self.model_name}"

@@ -7,7 +7,6 @@ here.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,13 +20,13 @@ from shared.policies.token import TokenPolicy
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import Answer, answer, evenly_spaced, exact_matches, sampled
 from shared.trainers.config import AlignConfig
-from shared.trainers.datasets import check_evaluation, check_steps, checked_rows, kind_of
+from shared.trainers.datasets import check_evaluation, check_steps
 from shared.trainers.offline import SupervisedTrainer
 from visionalign.collators import VLMCollator
 from visionalign.families import PARTS, parameters
 from visionalign.feature_cache import cache_features, check_cache
 from visionalign.options import VLMSFTOptions
-from visionalign.preparing import load_vlm, prepare_vlm, shards_the_model
+from visionalign.preparing import left_out_notes, load_vlm, prepare_rows, prepare_vlm, shards_the_model
 from visionalign.reading import tower_passes
 from visionalign.video import video_reader
 
@@ -86,9 +85,9 @@ class VLMSFTTrainer(SupervisedTrainer):
         run = prepare_vlm(model, args, processing_class)
         processing_class, self.family, self.model_name = run.processor, run.family, run.model_name
         videos = video_reader(self.family, processing_class, args)
-        kind = kind_of(train_dataset, {Kind.MESSAGES, Kind.PROMPT_COMPLETION})
-        images = sys.maxsize if args.check_rows is None else args.check_rows
-        train, held_out = checked_rows(train_dataset, eval_dataset, kind, args, check_images=images)
+        kind, train, held_out = prepare_rows(
+            train_dataset, eval_dataset, {Kind.MESSAGES, Kind.PROMPT_COMPLETION}, args
+        )
         check_steps(args, train)
         if data_collator is None:
             always = tower_passes(train, kind, self.family) if shards_the_model() else set()
@@ -122,7 +121,7 @@ class VLMSFTTrainer(SupervisedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.row_notes = {row: f"left out: {why}" for row, why in getattr(train, "left_out", {}).items()}
+        self.row_notes = left_out_notes(train)
         self.feature_cache = cache_features(self) if args.cache_vision_features else None
 
     def title(self) -> str:
