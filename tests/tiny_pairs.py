@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tiny_clips import FEW
-from tiny_pictures import SEVERAL, TEXT_ONLY, picture
+from tiny_pictures import pictures
 from transformers import AutoProcessor
 
 from shared.data.schema import Kind
@@ -18,15 +18,11 @@ def pairs_about(family, count=4):
     """Pairs of unlike length: strings and chats, with one image, several and, where the family allows it, none."""
     rows = []
     for at in range(count):
-        several = at % 2 and family in SEVERAL
-        images = [picture(10 * at + i, 32 + 8 * (at % 3), 40 - 6 * ((at + i) % 3)) for i in range(2 if several else 1)]
-        if at % 4 == 3 and family in TEXT_ONLY:
-            images = []
         row = {
             "prompt": f"What colour is {'the ' * (at % 3)}circle?",
             "chosen": "red and blue" if at % 2 else "red",
             "rejected": "the square is green" if at % 3 else "no circle",
-            "images": images,
+            "images": pictures(at, family),
         }
         if family != "paligemma" and at % 3 == 1:
             row |= {

@@ -23,14 +23,19 @@ def picture(seed, width=32, height=40):
     return Image.fromarray(noise)
 
 
+def pictures(at, family):
+    """What row `at` shows: one image, several or, where the family allows it, none; of unlike size."""
+    if at % 4 == 3 and family in TEXT_ONLY:
+        return []
+    several = at % 2 and family in SEVERAL
+    return [picture(10 * at + i, 32 + 8 * (at % 3), 40 - 6 * ((at + i) % 3)) for i in range(2 if several else 1)]
+
+
 def asks(family, count=6):
     """Prompts of unlike length with images of unlike size: one, several and, where the family allows it, none."""
     rows = []
     for at in range(count):
-        several = at % 2 and family in SEVERAL
-        images = [picture(10 * at + i, 32 + 8 * (at % 3), 40 - 6 * ((at + i) % 3)) for i in range(2 if several else 1)]
-        if at % 4 == 3 and family in TEXT_ONLY:
-            images = []
+        images = pictures(at, family)
         text = f"What colour is {'the ' * (at % 3)}circle?"
         prompt = text if family == "paligemma" or at % 3 == 0 else [{"role": "user", "content": text}]
         rows.append({"prompt": prompt, "images": images, "number": at})

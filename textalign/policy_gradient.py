@@ -128,7 +128,7 @@ class TextPolicyGradientTrainer(TextReference, PolicyGradientTrainer):
             processing_class=run.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
-            ref_model=self.reference_given if args.beta else None,
+            ref_model=self.reference_given,
         )
         self.row_notes = dict(run.left_out)
 

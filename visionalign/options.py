@@ -47,7 +47,19 @@ class FeatureCacheOptions(AlignOptions):
 
 
 @dataclass
-class VLMSFTOptions(ImageOptions, VideoOptions, FeatureCacheOptions):
+class PartOptions(AlignOptions):
+    """How the model is loaded, and which of its parts are trained."""
+
+    freeze_vision_tower: bool = option(False, "Leave the vision tower as it is.")
+    freeze_projector: bool = option(False, "Leave the projector between vision and language as it is.")
+    freeze_language_model: bool = option(False, "Leave the language model as it is.")
+    model_init_kwargs: dict[str, Any] | None = option(
+        None, "Further arguments of from_pretrained, as JSON, where the model is given by name."
+    )
+
+
+@dataclass
+class VLMSFTOptions(ImageOptions, VideoOptions, FeatureCacheOptions, PartOptions):
     """Vision-language fine-tuning."""
 
     loss_type: Literal["nll", "dft"] = option(
@@ -65,12 +77,6 @@ class VLMSFTOptions(ImageOptions, VideoOptions, FeatureCacheOptions):
         "no cut.",
     )
     pad_to_multiple_of: int | None = option(None, "Pad rows to a multiple of so many tokens.")
-    freeze_vision_tower: bool = option(False, "Leave the vision tower as it is.")
-    freeze_projector: bool = option(False, "Leave the projector between vision and language as it is.")
-    freeze_language_model: bool = option(False, "Leave the language model as it is.")
     vision_learning_rate: float | None = option(None, "Learning rate of the vision tower. Unset: learning_rate.")
     projector_learning_rate: float | None = option(None, "Learning rate of the projector. Unset: learning_rate.")
     language_learning_rate: float | None = option(None, "Learning rate of the language model. Unset: learning_rate.")
-    model_init_kwargs: dict[str, Any] | None = option(
-        None, "Further arguments of from_pretrained, as JSON, where the model is given by name."
-    )

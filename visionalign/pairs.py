@@ -19,7 +19,7 @@ from shared.data.chat import token_ranges
 from shared.data.collators import PairCollator
 from shared.data.conversation import Conversation
 from shared.data.pairs import read_pair
-from shared.data.rows import PADDING, ROW
+from shared.data.rows import PADDING, ROW, Rows
 from shared.data.schema import Kind, decode_image
 from shared.data.tokens import NOTE
 from shared.errors import DataError, UserError
@@ -28,9 +28,9 @@ from shared.trainers.token_rollouts import Prompt
 from visionalign.collators import VLMCollator
 from visionalign.families import placeholder_ids
 from visionalign.preparing import VLMRun, shards_the_model
-from visionalign.prompting import VLMPrompts
+from visionalign.prompting import VLMPrompts, prompt_collator
 from visionalign.reading import row_number
-from visionalign.video import BLANK, video_reader
+from visionalign.video import BLANK
 
 ANSWERS = ("chosen", "rejected")
 REFERENCE = ("chosen_ref_logp", "rejected_ref_logp", "corrupted_ref_logp")
@@ -241,23 +241,30 @@ def pair_collator(run: VLMRun, args: Any, *, corrupt: Corrupt | None = None) -> 
         args: the trainer's options.
         corrupt: see VLMPairCollator.
     """
-    collator = VLMCollator(
-        run.processor,
-        family=run.family,
-        kind=Kind.PROMPT_ONLY,
-        max_pixels=args.max_pixels,
-        on_bad_row=args.on_bad_row,
-        videos=video_reader(run.family, run.processor, args),
-        template_kwargs=args.chat_template_kwargs,
-    )
     return VLMPairCollator(
-        collator,
+        prompt_collator(run, args),
         max_prompt_length=args.max_prompt_length,
         max_completion_length=args.max_completion_length,
         pad_to_multiple_of=args.pad_to_multiple_of,
         needs_image=shards_the_model(),
         corrupt=corrupt,
     )
+
+
+def check_pairs(collator: Any, rows: Any, args: Any) -> None:
+    """See that a trainer's collator is one of pairs, and that the first rows can be used.
+
+    Raises:
+        UserError: another collator.
+        DataError: a row that cannot be used, where the options want that to be an error.
+    """
+    if not isinstance(collator, VLMPairCollator):
+        raise UserError(
+            f"data_collator is a {type(collator).__name__}: give a VLMPairCollator. Leave it out: the trainer's own "
+            "processes images and masks answers by the model's family."
+        )
+    if isinstance(rows, Rows) and args.on_bad_row == "error":
+        collator([rows[at] for at in range(min(2, len(rows)))])  # a mistake in every row shows here
 
 
 def read_images(row: dict[str, Any], number: int) -> tuple[Conversation, Conversation]:

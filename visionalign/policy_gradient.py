@@ -22,13 +22,11 @@ from shared.trainers.policy_gradient import PolicyGradientTrainer, objective_of
 from shared.trainers.reference_checks import check_reference_used
 from shared.trainers.rewarding import check_best_metric, refuse_unknown, rewards_of, tell_doubts
 from shared.trainers.token_rollouts import engine_of, sampling_of, token_parts
-from visionalign.collators import VLMCollator
 from visionalign.families import placeholder_ids
 from visionalign.online_options import VLMGRPOOptions
 from visionalign.preparing import left_out_notes, load_vlm, prepare_rows, prepare_vlm, shards_the_model
-from visionalign.prompting import VLMPrompts
+from visionalign.prompting import VLMPrompts, prompt_collator
 from visionalign.referenced import VLMReference
-from visionalign.video import video_reader
 
 
 @dataclass
@@ -97,16 +95,8 @@ class VLMGRPOTrainer(VLMReference, PolicyGradientTrainer):
         check_evaluation(args, eval_dataset)
         run = prepare_vlm(model, args, processing_class)
         self.model_name, self.loaded_from = run.model_name, model if isinstance(model, str) else None
-        kind, train, held_out = prepare_rows(train_dataset, eval_dataset, {Kind.PROMPT_ONLY}, args)
-        collator = VLMCollator(
-            run.processor,
-            family=run.family,
-            kind=kind,
-            max_pixels=args.max_pixels,
-            videos=video_reader(run.family, run.processor, args),
-            template_kwargs=args.chat_template_kwargs,
-        )
-        encoder = VLMPrompts(collator, args.max_prompt_length, needs_image=shards_the_model())
+        _, train, held_out = prepare_rows(train_dataset, eval_dataset, {Kind.PROMPT_ONLY}, args)
+        encoder = VLMPrompts(prompt_collator(run, args), args.max_prompt_length, needs_image=shards_the_model())
         if isinstance(train, Rows):
             encoder.prompts([train[at] for at in range(min(2, len(train)))])  # a mistake in every row shows here
         rewards = rewards_of(reward_funcs, args, train, processing_classes=reward_processing_classes)
@@ -129,7 +119,7 @@ class VLMGRPOTrainer(VLMReference, PolicyGradientTrainer):
             processing_class=run.processor,
             callbacks=callbacks,
             optimizers=optimizers,
-            ref_model=self.reference_given if args.beta else None,
+            ref_model=self.reference_given,
         )
         self.row_notes = left_out_notes(train)
 

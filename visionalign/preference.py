@@ -29,7 +29,7 @@ from shared.trainers.datasets import check_evaluation, check_steps
 from shared.trainers.judging import Judge
 from shared.trainers.preference import PairedTrainer, check_arguments, dpo_objective
 from visionalign.corruption import Corruption
-from visionalign.pairs import VLMPairCollator, pair_collator, question_of, read_images
+from visionalign.pairs import VLMPairCollator, check_pairs, pair_collator, question_of, read_images
 from visionalign.preference_options import VLMDPOOptions
 from visionalign.preparing import left_out_notes, load_vlm, prepare_rows, prepare_vlm
 from visionalign.referenced import VLMReference
@@ -111,15 +111,9 @@ class VLMDPOTrainer(VLMReference, PairedTrainer):
         if data_collator is None:
             corrupt = Corruption(args.image_corruption, args.seed) if args.image_loss_weight else None
             data_collator = pair_collator(run, args, corrupt=corrupt)
-        elif not isinstance(data_collator, VLMPairCollator):
-            raise UserError(
-                f"data_collator is a {type(data_collator).__name__}: give a VLMPairCollator. Leave it out: the "
-                "trainer's own processes images and masks answers by the model's family."
-            )
-        elif args.image_loss_weight and data_collator.corrupt is None:
+        check_pairs(data_collator, train, args)
+        if args.image_loss_weight and data_collator.corrupt is None:
             raise UserError("image_loss_weight: the data_collator corrupts no image. Give it corrupt=, or none.")
-        if isinstance(train, Rows) and args.on_bad_row == "error":
-            data_collator([train[at] for at in range(min(2, len(train)))])  # a mistake in every row shows here
         init = {} if quantization_config is None else {"quantization_config": quantization_config}
         model = load_vlm(model, args, peft_config=peft_config, **init)
         super().__init__(

@@ -20,11 +20,30 @@ from shared.errors import DataError
 from shared.trainers.token_rollouts import Prompt, PromptsOnce
 from visionalign.collators import VLMCollator
 from visionalign.families import SAMPLE, TOKEN, Family
+from visionalign.preparing import VLMRun
 from visionalign.processing import stacked
-from visionalign.video import shown_frames
+from visionalign.video import shown_frames, video_reader
 
 # not handed to rewards as the row has them
 NOT_COLUMNS = ("prompt", "completion", "image", "images", "video", "videos")
+
+
+def prompt_collator(run: VLMRun, args: Any) -> VLMCollator:
+    """What reads prompts as VLMPromptOptions say.
+
+    Args:
+        run: the model's family and processor.
+        args: the trainer's options.
+    """
+    return VLMCollator(
+        run.processor,
+        family=run.family,
+        kind=Kind.PROMPT_ONLY,
+        max_pixels=args.max_pixels,
+        on_bad_row=args.on_bad_row,
+        videos=video_reader(run.family, run.processor, args),
+        template_kwargs=args.chat_template_kwargs,
+    )
 
 
 class VLMPrompts(PromptsOnce):

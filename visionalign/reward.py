@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
-from shared.data.rows import ROW, Rows
+from shared.data.rows import ROW
 from shared.data.schema import Kind
 from shared.errors import UserError
 from shared.policies.score import ScorePolicy, inner_model
@@ -30,7 +30,7 @@ from shared.trainers.score_heads import (
 )
 from shared.trainers.scoring import PairRewardConfig, PairRewardTrainer
 from visionalign.families import placeholder_ids
-from visionalign.pairs import VLMPairCollator, pair_collator, question_of, read_images
+from visionalign.pairs import VLMPairCollator, check_pairs, pair_collator, question_of, read_images
 from visionalign.preparing import VLMRun, left_out_notes, load_vlm, prepare_rows, prepare_vlm
 from visionalign.reward_options import VLMRewardOptions
 
@@ -102,13 +102,7 @@ class VLMRewardTrainer(PairRewardTrainer):
         if data_collator is None:
             _pad_apart(run)
             data_collator = pair_collator(run, args)
-        elif not isinstance(data_collator, VLMPairCollator):
-            raise UserError(
-                f"data_collator is a {type(data_collator).__name__}: give a VLMPairCollator. Leave it out: the "
-                "trainer's own processes images by the model's family."
-            )
-        if isinstance(train, Rows) and args.on_bad_row == "error":
-            data_collator([train[at] for at in range(min(2, len(train)))])  # a mistake in every row shows here
+        check_pairs(data_collator, train, args)
         options = {} if quantization_config is None else {"quantization_config": quantization_config}
         with new_head_expected(args.seed):
             model = load_vlm(
