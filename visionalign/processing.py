@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.data.chat import find_all
 from visionalign.reading import Item, Reader
 from visionalign.video import video_inputs
 
@@ -99,7 +100,7 @@ class Processing:
         if not item.videos:
             return out
         tokens = {self.reader.tokens[kind]: kind for kind in ("image", "video")}
-        places = sorted((at, kind) for token, kind in tokens.items() for at in _places(item.text, token))
+        places = sorted((at, kind) for token, kind in tokens.items() for at in find_all(item.text, token))
         names = [name for name in out if name not in _NOT_INPUTS]
         options = {"return_tensors": "pt"}
         images = iter([self.processor.image_processor([image], **options) for image in item.images])
@@ -152,11 +153,3 @@ def stacked(values: Sequence[Tensor | None], *, rows: bool, width: int | None = 
         joined[tuple(place)] = value
         at += len(value)
     return joined
-
-
-def _places(text: str, token: str) -> list[int]:
-    found, at = [], text.find(token)
-    while at >= 0:
-        found.append(at)
-        at = text.find(token, at + len(token))
-    return found

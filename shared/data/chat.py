@@ -287,7 +287,7 @@ class _Chat:
     def _completion_start(self, text: str) -> int:
         first = self.prompt_messages
         if self.template.asks_as_written and self.assistant[:1] == [first]:
-            starts = _find_all(text, self.template.header)
+            starts = find_all(text, self.template.header)
             position = starts[0] + len(self.template.header) if len(starts) == len(self.assistant) else -1
             if position > 0 and self._match(text, first, position):
                 return position
@@ -323,7 +323,7 @@ class _Chat:
 
     def _turns(self, text: str, turns: list[int]) -> list[Span]:
         header = self.template.header
-        starts = _find_all(text, header) if header else []
+        starts = find_all(text, header) if header else []
         by_header = len(starts) == len(self.assistant)  # otherwise someone wrote the header into a content
         spans = []
         for turn in turns:
@@ -387,7 +387,8 @@ class _Chat:
         )
 
 
-def _find_all(text: str, part: str) -> list[int]:
+def find_all(text: str, part: str) -> list[int]:
+    """Where a part stands in a text, from left to right; places do not overlap."""
     found, position = [], text.find(part)
     while position >= 0:
         found.append(position)
