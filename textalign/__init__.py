@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = shared.lazy_exports(
     {
         "BCOConfig": "textalign.kto",
         "BCOTrainer": "textalign.kto",
+        "BestOfNSampler": "textalign.best_of_n",
         "CPOConfig": "textalign.cpo",
         "CPOTrainer": "textalign.cpo",
         "DPOConfig": "textalign.dpo",
@@ -21,6 +22,7 @@ __getattr__, __dir__, __all__ = shared.lazy_exports(
         "GRPOTrainer": "textalign.policy_gradient",
         "KTOConfig": "textalign.kto",
         "KTOTrainer": "textalign.kto",
+        "LengthSampler": "textalign.best_of_n",
         "ORPOConfig": "textalign.cpo",
         "ORPOTrainer": "textalign.cpo",
         "PRMConfig": "textalign.prm",
