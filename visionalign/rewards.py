@@ -25,6 +25,7 @@ from shared.policies.base import GroupedBatch
 from shared.policies.score import ScorePolicy, inner_model
 from shared.rewards.base import text_of
 from shared.rewards.models import HUB_OPTIONS, ModelReward, base_config, kind_of_scorer, load_scorer, tell_padding
+from shared.rewards.pictures import to_pil
 from shared.runtime.scorers import register_scorer
 from shared.trainers.token_rollouts import Prompt
 from visionalign.collators import VLMCollator
@@ -227,14 +228,7 @@ def _is_image(value: Any) -> bool:
 
 def _picture(image: Any, at: int) -> Any:
     """A tensor `(3, H, W)` between 0 and 1 as a PIL image; anything else as it is."""
-    if not isinstance(image, torch.Tensor):
-        return image
-    if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():
-        kind = str(image.dtype).removeprefix("torch.")
-        raise DataError(
-            f"row {at}: the image is a tensor {tuple(image.shape)} of {kind}, expected (3, H, W) between 0 and 1"
-        )
-    from PIL import Image
-
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.cpu().numpy())
+    try:
+        return to_pil(image)
+    except DataError as error:
+        raise DataError(f"row {at}: {error}") from error

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LARGEST = 3.4028234e38  # of float32
 GIVEN = {"prompts", "completions", "log_extra", "log_metric"}  # what a function may take with every call
+OF_IMAGES = {"images", "metadata", "prompt_metadata"}  # and, where images were made
 BESIDE = {"completion_ids", "log_extra", "log_metric", "trainer_state", "group_size", "mode"}  # what is no column
 OF_CALLS = {"group_size", "mode"}  # names that columns and held arguments may have too: those come first
 
@@ -30,7 +31,8 @@ class Sample:
 
     Attributes:
         prompt: a string or a list of messages.
-        output: a string, a list of messages (`[{"role": "assistant", "content": ...}]`), an image, or frames.
+        output: a string, a list of messages (`[{"role": "assistant", "content": ...}]`), or an image, a float tensor
+            `(3, H, W)` in [0, 1].
         columns: the other columns of the prompt's row; of token models also `completion_ids` (list of int). Columns
             that begin with `__` are the suite's own and are not handed to functions.
     """
@@ -44,7 +46,8 @@ class Reward(Protocol):
     """Scores samples.
 
     A reward with a true attribute `concurrent` waits for something else, such as a server: a RewardSet runs it in a
-    thread beside the others, and its timeout applies.
+    thread beside the others, and its timeout applies. One with a true attribute `differentiable` returns a tensor that
+    keeps the gradient of the images that are the samples' outputs.
     """
 
     __name__: str
@@ -89,17 +92,29 @@ class FunctionReward:
     `log_metric(name, value)`, and `group_size` and `mode` (see Reward) where no column is called so. It returns a
     number for each row; None and NaN mean that it does not apply to the row. It may be async.
 
+    Where images were made, `images` (and `completions`) are those: a tensor `(B, 3, H, W)` in [0, 1], a list of
+    tensors where sizes differ, or a list of PIL images for a function with the attribute `takes = "pil"`. `metadata`
+    is a dict of each row's columns, where no column is called so. The function may return `(numbers, metadata)`: what
+    metadata holds for each row is shown beside the samples.
+
     Args:
         function: the function, or any object that can be called like one. One with a true attribute `remote` waits for
             a server, and is run in a thread beside other rewards.
         name: how it is called in logs; None: the function's own name.
+
+    Attributes:
+        differentiable: whether the function keeps the gradient of the images, as its attribute of that name says;
+            None: it does not say.
     """
 
     def __init__(self, function: Callable[..., Any], name: str | None = None):
         self.function = function
         self.__name__ = name or name_of(function)
         self.is_async = _is_async(function)
-        self.concurrent = self.is_async or bool(getattr(function, "remote", False))
+        self.concurrent = self.is_async or bool(_attribute(function, "remote"))
+        self.takes_pil = _attribute(function, "takes") == "pil"
+        waits = self.concurrent or self.takes_pil
+        self.differentiable: bool | None = False if waits else _attribute(function, "differentiable")
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):  # some that are written in C do not tell
@@ -128,26 +143,88 @@ class FunctionReward:
             )
 
     def __call__(self, samples: Sequence[Sample], context: Mapping[str, Any]) -> Tensor:
-        found = self.function(**self._arguments(samples, context))
+        found = self.returned(samples, context)
         if inspect.isawaitable(found):
             from shared.rewards.background import wait_for
 
             found = wait_for(found)
-        return as_values(found, len(samples))
+        return as_values(without_metadata(found, len(samples), context), len(samples))
 
     async def call_async(self, samples: Sequence[Sample], context: Mapping[str, Any]) -> Tensor:
         """As a call, of an async function, in the event loop that runs."""
-        return as_values(await self.function(**self._arguments(samples, context)), len(samples))
+        found = await self.returned(samples, context)
+        return as_values(without_metadata(found, len(samples), context), len(samples))
 
-    def _arguments(self, samples: Sequence[Sample], context: Mapping[str, Any]) -> dict[str, Any]:
+    def returned(self, samples: Sequence[Sample], context: Mapping[str, Any], images: Tensor | None = None) -> Any:
+        """What the function itself returns.
+
+        Args:
+            samples, context: as of a call.
+            images: `(B, 3, H, W)` in place of the samples' outputs, such as with a gradient.
+        """
+        return self.function(**self._arguments(samples, context, images))
+
+    def _arguments(
+        self, samples: Sequence[Sample], context: Mapping[str, Any], images: Tensor | None
+    ) -> dict[str, Any]:
         names = dict.fromkeys(name for sample in samples for name in sample.columns if not name.startswith("__"))
-        self.check([*names, *context])
+        shows = images is not None or made_images(samples)
+        self.check([*names, *context, *(OF_IMAGES if shows else ())])
         given = {name: [sample.columns.get(name) for sample in samples] for name in names}
         given |= {name: value for name, value in context.items() if name not in given or name not in OF_CALLS}
         given["prompts"] = [sample.prompt for sample in samples]
         given["completions"] = [sample.output for sample in samples]
+        if shows:
+            rows = [
+                {name: value for name, value in sample.columns.items() if not name.startswith("__")}
+                for sample in samples
+            ]
+            given = {"metadata": rows, "prompt_metadata": rows, **given}
+            given["images"] = given["completions"] = self._shown(samples) if images is None else images
         given = {name: value for name, value in given.items() if name not in OF_CALLS or name not in self._held}
         return given if self._takes_all else {name: given[name] for name in given if name in self._takes}
+
+    def _shown(self, samples: Sequence[Sample]) -> Any:
+        """The images that were made, as the function takes them."""
+        import torch
+
+        from shared.rewards.pictures import to_pil, to_tensor
+
+        if self.takes_pil:
+            return [to_pil(sample.output) for sample in samples]
+        images = [to_tensor(sample.output) for sample in samples]
+        return torch.stack(images) if len({image.shape for image in images}) == 1 else images
+
+
+def made_images(samples: Sequence[Sample]) -> bool:
+    """Whether what was made are images."""
+    return bool(samples) and all(
+        hasattr(sample.output, "detach") or hasattr(sample.output, "convert") for sample in samples
+    )
+
+
+def without_metadata(found: Any, count: int, context: Mapping[str, Any]) -> Any:
+    """What a function returned, without the metadata of the form `(numbers, metadata)`, which goes to `log_extra`.
+
+    Args:
+        found: what was returned.
+        count: B.
+        context: as a Reward takes it.
+    """
+    if not (isinstance(found, tuple) and len(found) == 2 and hasattr(found[0], "__len__")):
+        return found
+    values, metadata = found
+    if getattr(values, "ndim", 1) == 0:  # two rows' numbers, each a tensor
+        return found
+    if isinstance(metadata, (list, tuple)) and metadata and all(isinstance(each, Mapping) for each in metadata):
+        names = dict.fromkeys(name for each in metadata for name in each)
+        metadata = {name: [each.get(name) for each in metadata] for name in names}
+    log = context.get("log_extra")
+    if log is not None and isinstance(metadata, Mapping):
+        for name, column in metadata.items():
+            if isinstance(column, (list, tuple)) and len(column) == count:
+                log(name, column)
+    return values
 
 
 def as_values(found: Any, count: int) -> Tensor:
@@ -165,6 +242,8 @@ def as_values(found: Any, count: int) -> Tensor:
 
     if hasattr(found, "detach"):
         found = found.detach().cpu()
+    if getattr(found, "ndim", 1) != 1:
+        raise WrongCount(f"it returned a {_kind_of_array(found)}; expected one number for each row, ({count},)")
     if hasattr(found, "tolist"):
         found = found.tolist()
     if not isinstance(found, (list, tuple)):
@@ -220,7 +299,21 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
 
 
-def _is_async(function: Any) -> bool:
+def _kind_of_array(found: Any) -> str:
+    return f"{type(found).__name__} of shape {tuple(found.shape)}"
+
+
+def _whole(function: Any) -> Any:
+    """What a partial function is a part of."""
     while hasattr(function, "func") and not hasattr(function, "__code__"):
         function = function.func
+    return function
+
+
+def _attribute(function: Any, name: str) -> Any:
+    return getattr(function, name, getattr(_whole(function), name, None))
+
+
+def _is_async(function: Any) -> bool:
+    function = _whole(function)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shared.data.rows import ROW
 from shared.errors import DataError, UserError
-from shared.rewards.base import FunctionReward, Reward, RowErrors, Sample, WrongCount, name_of
+from shared.rewards.base import OF_IMAGES, FunctionReward, Reward, RowErrors, Sample, WrongCount, made_images, name_of
 from shared.rewards.loading import load_rewards
 from shared.rewards.places import place_of
 from shared.rewards.waiting import Call, TimedOut, run
@@ -138,7 +138,8 @@ class RewardSet:
         table = RewardTable(torch.full((len(samples), len(self.names)), math.nan), [0.0] * len(self.names), self.names)
         if not samples:
             return table
-        self.check({*context, *(name for sample in samples for name in sample.columns)})
+        beside = OF_IMAGES if made_images(samples) else ()
+        self.check({*context, *beside, *(name for sample in samples for name in sample.columns)})
         logged: dict[str, list[float]] = {}
 
         def log_extra(column: str, values: Sequence[Any]) -> None:
@@ -288,6 +289,22 @@ class RewardSet:
         return True
 
 
+def joined_tables(parts: Sequence[RewardTable]) -> RewardTable:
+    """One table of several, made by the same rewards of some samples each."""
+    rows = [len(part.values) for part in parts]
+    table = RewardTable(torch.cat([part.values for part in parts]), [], parts[0].names)
+    table.seconds = [sum(seconds) for seconds in zip(*(part.seconds for part in parts), strict=True)]
+    for name in dict.fromkeys(name for part in parts for name in part.errors):
+        table.errors[name] = sum(part.errors.get(name, 0) for part in parts)
+    for name in dict.fromkeys(name for part in parts for name in part.extras):
+        columns = [part.extras.get(name, [None] * count) for part, count in zip(parts, rows, strict=True)]
+        table.extras[name] = [value for column in columns for value in column]
+    for name in dict.fromkeys(name for part in parts for name in part.metrics):
+        found = [(part.metrics[name], count) for part, count in zip(parts, rows, strict=True) if name in part.metrics]
+        table.metrics[name] = sum(value * count for value, count in found) / sum(count for _, count in found)
+    return table
+
+
 def unique_names(names: Sequence[str]) -> list[str]:
     """Names in which none comes twice: the second `a` is `a_2`."""
     found: list[str] = []
@@ -328,5 +345,7 @@ def _place(sample: Sample, at: int, mode: str | None) -> str:
     output = sample.output
     if isinstance(output, (list, tuple)):
         output = " ".join(str(each.get("content")) if isinstance(each, Mapping) else repr(each) for each in output)
+    if hasattr(output, "detach"):  # an image
+        output = sample.prompt if isinstance(sample.prompt, str) else f"an image of {tuple(output.shape)}"
     text = output if isinstance(output, str) else repr(output)
     return f"{row} ({text[:60] + '…' if len(text) > 60 else text!r})"

@@ -34,6 +34,12 @@ Answer:
 {completion}
 
 Give a number from {low} (worst) to {high} (best). End with a line that holds nothing but that number."""
+PROMPT_OF_IMAGES = """Rate how well the image fits its description: everything in it is there, as it is said to be.
+
+Description:
+{prompt}
+
+Give a number from {low} (worst) to {high} (best). End with a line that holds nothing but that number."""
 PATH = "/v1/chat/completions"
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NUMBER = r"(?<![\w.,–—-])(-?(?:\d+(?:\.\d+)?|\.\d+))(?![.,]?\d|\s*%|\s*[-–—]\s*\d)"
@@ -55,7 +61,7 @@ class EndpointJudge:
         base_url: of the server, with or without `/v1`.
         model: the model's name at the server.
         prompt: what is asked. `{prompt}`, `{completion}`, `{low}`, `{high}` and the data's columns by name are filled
-            in; a brace that is meant is doubled.
+            in; a brace that is meant is doubled. None: how good an answer is or, of an image, how well it fits.
         low, high: the worst and the best score.
         timeout: seconds that a server may be silent.
         retries: how often a request is sent again, where the server cannot be reached, is silent, or answers 429 or
@@ -75,13 +81,14 @@ class EndpointJudge:
     """
 
     remote = True  # so that a RewardSet runs it beside other rewards
+    takes = "pil"
 
     def __init__(
         self,
         base_url: str,
         model: str,
         *,
-        prompt: str = PROMPT,
+        prompt: str | None = None,
         low: float = 0,
         high: float = 10,
         timeout: float = 60.0,
@@ -111,7 +118,7 @@ class EndpointJudge:
         )
         self.__name__ = f"judge_{model.rsplit('/', 1)[-1]}"
         self.model, self.prompt, self.low, self.high, self.options = model, prompt, low, high, options
-        self.fields = _fields(prompt)
+        self.fields = _fields(prompt or PROMPT)
         self.url = self._client.url + PATH
         self.max_concurrency, self.api_key_env = max_concurrency, api_key_env
 
@@ -121,7 +128,8 @@ class EndpointJudge:
         Args:
             prompts: strings or lists of messages, whose images are sent along.
             completions: strings, lists of messages, or images.
-            columns: the rows' other columns; those that the prompt names are filled in, `image` and `images` are sent.
+            columns: the rows' other columns; those that the prompt names are filled in, and `image` and `images` are
+                sent, but for images that are the completions.
 
         Raises:
             UserError: the prompt names a column that is not there.
@@ -133,6 +141,8 @@ class EndpointJudge:
                 f"The judge's prompt names {{{min(missing)}}}, and the rows have no such column; there are: "
                 f"{', '.join(columns) or 'none'}."
             )
+        if columns.get("images") is completions:
+            columns = {name: values for name, values in columns.items() if name != "images"}
         values: list[float | None] = [None] * len(completions)
         errors: dict[int, Exception] = {}
         stop = background.stop_of_call()
@@ -154,7 +164,8 @@ class EndpointJudge:
         images = [*_images(prompt, row), *([completion] if _is_image(completion) else [])]
         said = "(the image)" if _is_image(completion) else text_of(completion)
         filled = {**row, "prompt": _request(prompt), "completion": said, "low": self.low, "high": self.high}
-        content: Any = self.prompt.format_map(filled)
+        asked = self.prompt or (PROMPT_OF_IMAGES if _is_image(completion) else PROMPT)
+        content: Any = asked.format_map(filled)
         if images:
             shown = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
             content = [*shown, {"type": "text", "text": content}]

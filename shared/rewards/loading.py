@@ -33,6 +33,31 @@ REWARDS: dict[str, Callable[..., Any]] = {
     "get_repetition_penalty_reward": rules.get_repetition_penalty_reward,
     "get_soft_overlong_punishment": rules.get_soft_overlong_punishment,
 }
+# Rewards of generated images, by rule; looked up when they are asked for, so that no torch is loaded before.
+IMAGE_RULES: dict[str, str] = {
+    name: f"shared.rewards.images.{name}"
+    for name in (
+        "jpeg_compressibility_reward",
+        "jpeg_incompressibility_reward",
+        "brightness_reward",
+        "colourfulness_reward",
+        "colour_reward",
+    )
+} | {name: f"shared.builtin.pictures_judge.{name}" for name in ("right_colour", "right_form", "right_picture")}
+# Rewards of generated images that are, or need, a model: `NAME`, `NAME:MODEL`, `NAME:MODEL|HEAD`, and `|name=value`.
+IMAGE_MODELS: dict[str, str] = {
+    "clip": "shared.rewards.image_models.CLIPScore",
+    "aesthetic": "shared.rewards.image_models.AestheticScore",
+    "pickscore": "shared.rewards.image_models.PickScore",
+    "hpsv2": "shared.rewards.image_models.HPSv2",
+    "imagereward": "shared.rewards.image_models.ImageRewardScore",
+    "ocr": "shared.rewards.ocr.OCRReward",
+}
+# Those of both that have a gradient to the image.
+DIFFERENTIABLE = (
+    "brightness_reward", "colourfulness_reward", "colour_reward",
+    "clip", "aesthetic", "pickscore", "hpsv2", "imagereward",
+)  # fmt: skip
 CLASSIFIERS = ("sentiment-analysis:", "text-classification:")
 JUDGE = "judge:"
 SEEING = "visionalign.rewards.VLMRewardModel"  # which this package does not import: it is named, as a user's would be
@@ -51,6 +76,9 @@ def load_reward(spec: Any, *, processing_class: Any = None, device: Any = None) 
               process-reward model;
             - `sentiment-analysis:MODEL` or `sentiment-analysis:MODEL:LABEL`, a classifier, whose label (the positive
               one where none is named) is rewarded with its chance; `text-classification:` is the same;
+            - of generated images a name of `IMAGE_RULES`; or one of `IMAGE_MODELS`, alone for its public weights, or
+              with others: `clip:MODEL`, `aesthetic:MODEL|HEAD`; more of its arguments follow as `|name=value`, as in
+              `pickscore|dtype=bfloat16`;
             - `judge:URL|MODEL`, a model behind an OpenAI-compatible endpoint; more of EndpointJudge's arguments follow
               as `|name=value`;
             - a loaded reward model or classifier, with its tokenizer or processor as `processing_class` or, where that
@@ -112,11 +140,15 @@ def _plan_named(spec: str, processing_class: Any, device: Any) -> Callable[[], R
         if spec.startswith("get_"):
             raise UserError(f"{spec} makes a reward of its arguments: {spec}{_signature(REWARDS[spec])}.")
         return partial(_of_callable, REWARDS[spec])
+    if spec in IMAGE_RULES:
+        return lambda: FunctionReward(_imported(IMAGE_RULES[spec]))
     for prefix in CLASSIFIERS:
         if spec.startswith(prefix):
             return partial(_of_classifier, *_model_and_label(spec, prefix), processing_class, device)
     if spec.startswith(JUDGE):
         return partial(FunctionReward, _judge(spec))
+    if re.split(r"[:|]", spec)[0].strip() in IMAGE_MODELS:
+        return _image_model(spec, processing_class, device)
     if spec in ("", ".", ".."):
         raise UserError(f"The reward {spec!r} names nothing: give a name such as accuracy_reward.")
     if dotted := _dotted(spec):
@@ -239,21 +271,46 @@ def _model_and_label(spec: str, prefix: str) -> tuple[str, str | None]:
     return model, label
 
 
+def _image_model(spec: str, processing_class: Any, device: Any) -> Callable[[], Reward]:
+    """The reward of images that a name of IMAGE_MODELS makes, which may load a model, of what follows the name."""
+    name, mark, rest = re.fullmatch(r"(\w+)\s*([:|]?)(.*)", spec, re.DOTALL).groups()
+    parts = [part.strip() for part in rest.split("|")] if mark else []
+    places = [part for part in parts if "=" not in part]
+    most = {"aesthetic": 2, "imagereward": 2}.get(name, 1)
+    if not all(places) or len(places) > most or (not places and name == "imagereward"):
+        form = f"{name}:MODEL|HEAD" if most > 1 else f"{name}:ENGINE" if name == "ocr" else f"{name}:MODEL"
+        raise UserError(f"reward {spec!r}: expected {form}, and more arguments as |name=value.")
+    options = _options(spec, [part for part in parts if "=" in part])
+    if taken := {"model", "head", "engine"} & options.keys():
+        raise UserError(f"reward {spec!r}: give {min(taken)} by its place, not by its name.")
+    if name != "ocr":
+        for model in places[:1]:
+            _check_model(model)
+        options = {"device": device, "processor": processing_class, **options}
+    return lambda: FunctionReward(_imported(IMAGE_MODELS[name])(*places, **options))
+
+
 def _judge(spec: str) -> Any:
     from shared.rewards.judges import EndpointJudge
 
     url, *rest = (part.strip() for part in spec.removeprefix(JUDGE).split("|"))
     if not rest or not rest[0]:
         raise UserError(f"reward {spec!r}: expected {JUDGE}URL|MODEL, and more arguments as |name=value.")
+    options = _options(spec, rest[1:])
+    if taken := {"base_url", "model"} & options.keys():
+        raise UserError(f"reward {JUDGE}URL|MODEL: {min(taken)} is given twice.")
+    return EndpointJudge(url, rest[0], **options)
+
+
+def _options(spec: str, parts: Sequence[str]) -> dict[str, Any]:
+    """The arguments that a spec gives as `name=value`."""
     options = {}
-    for part in rest[1:]:
+    for part in parts:
         name, given, value = part.partition("=")
         if not given or not name.strip().isidentifier():
             raise UserError(f"reward {spec!r}: {part!r} is no name=value.")
         options[name.strip()] = _literal(value.strip())
-    if taken := {"base_url", "model"} & options.keys():
-        raise UserError(f"reward {JUDGE}URL|MODEL: {min(taken)} is given twice.")
-    return EndpointJudge(url, rest[0], **options)
+    return options
 
 
 def _literal(text: str) -> Any:
@@ -275,7 +332,7 @@ def _called(spec: str) -> Callable[[], Reward]:
         arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{form}.") from error
-    function = REWARDS.get(name) or _imported(name)
+    function = REWARDS.get(name) or _imported(IMAGE_RULES.get(name, name))
     try:
         inspect.signature(function).bind_partial(**arguments)
         if inspect.isclass(function):  # it may load a model
@@ -291,17 +348,19 @@ def _called(spec: str) -> Callable[[], Reward]:
 def _is_reward(function: Any) -> bool:
     """Whether a function takes samples itself, and is not what makes one that does."""
     names = inspect.signature(function).parameters
-    return bool({"prompts", "completions", "completion_ids", "samples"} & set(names))
+    return bool({"prompts", "completions", "completion_ids", "samples", "images"} & set(names))
 
 
 def _imported(path: str) -> Callable[..., Any]:
     """What a dotted path names; modules of the working directory are found too."""
     module, _, name = path.rpartition(".")
     if not module:
-        close = difflib.get_close_matches(path, REWARDS, n=2, cutoff=0.5)
+        names = [*REWARDS, *IMAGE_RULES, *IMAGE_MODELS]
+        close = difflib.get_close_matches(path, names, n=2, cutoff=0.5)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise UserError(
-            f"There is no reward {path!r}; there are: {', '.join(REWARDS)}. Others are named by their dotted path "
+            f"There is no reward {path!r}; there are: {', '.join(REWARDS)}; of generated images "
+            f"{', '.join([*IMAGE_RULES, *IMAGE_MODELS])}. Others are named by their dotted path "
             f"(package.module.function), a reward model by its folder or hub id (owner/name).{hint}"
         )
     if os.getcwd() not in sys.path and "" not in sys.path:

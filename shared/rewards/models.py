@@ -47,6 +47,7 @@ class ModelReward:
     """
 
     needs = "tokenizer"  # the argument's name
+    differentiable = False  # has no gradient to an image that it scores
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,8 +11,10 @@ from transformers import Trainer
 
 from shared.data.schema import column_names
 from shared.errors import UserError
+from shared.rewards.base import OF_IMAGES
 from shared.rewards.combine import RewardSet
 from shared.trainers.online import OnlineTrainer
+from shared.trainers.online_evaluation import figure_names
 from shared.trainers.recipes import doubtful
 
 logger = logging.getLogger(__name__)
@@ -26,9 +28,15 @@ NOT_TAKEN = {
     "environment_factory": "Completions that act in an environment are not written here.",
     "rollout_func": "Override the trainer's actor.",
     "model_init": "Give the model, or its name, as model.",
+    "config": "It is called args.",
+    "sd_pipeline": "It is called model.",
+    "reward_function": "It is called reward_funcs: functions f(images, prompts, **columns) that return the rewards.",
+    "prompt_function": "Give it as train_dataset.",
+    "image_samples_hook": "Leave it out: sample_every says how often pictures are drawn for the report and trackers.",
 }
 # what every reward function may take besides the data's columns
 GIVEN = ("completion_ids", "trainer_state", "group_size", "mode", "log_extra", "log_metric")
+GIVEN_WITH_IMAGES = (*(name for name in GIVEN if name != "completion_ids"), *sorted(OF_IMAGES))
 
 
 def refuse_unknown(trainer: str, given: Mapping[str, Any]) -> None:
@@ -38,13 +46,17 @@ def refuse_unknown(trainer: str, given: Mapping[str, Any]) -> None:
         raise UserError(f"{trainer} takes no argument {name}. {known}")
 
 
-def rewards_of(given: Any, args: Any, rows: Any, *, processing_classes: Any = None) -> RewardSet:
+def rewards_of(
+    given: Any, args: Any, rows: Any, *, processing_classes: Any = None, beside: Collection[str] = GIVEN
+) -> RewardSet:
     """The rewards, by the trainer's argument or, where that is None, by its options.
 
     Args:
         given: a reward or several; see shared.rewards.loading.load_reward.
         args: RolloutOptions.
         rows: the training rows, whose columns the functions may take.
+        processing_classes: one a reward, or None.
+        beside: what the functions may take besides; `GIVEN_WITH_IMAGES` where images are made.
 
     Raises:
         UserError: there is no reward, it is not known, or it takes a column that is not there.
@@ -65,11 +77,13 @@ def rewards_of(given: Any, args: Any, rows: Any, *, processing_classes: Any = No
     )
     data = getattr(rows, "dataset", rows)
     columns = column_names(data) if hasattr(data, "__len__") else list(next(islice(iter(data), 1), {}))
-    rewards.check({*columns, *GIVEN})
+    rewards.check({*columns, *beside})
     return rewards
 
 
-def check_best_metric(trainer: OnlineTrainer, args: Any, rewards: Sequence[str], held_out: Any) -> None:
+def check_best_metric(
+    trainer: OnlineTrainer, args: Any, rewards: Sequence[str], held_out: Any, *, unit: str = "token"
+) -> None:
     """Say before any training what the first evaluation would say: that it has no metric of that name.
 
     Nothing is said of a trainer with an evaluation of its own.
@@ -77,6 +91,7 @@ def check_best_metric(trainer: OnlineTrainer, args: Any, rewards: Sequence[str],
     Args:
         rewards: their names.
         held_out: the held-out rows; several sets by name.
+        unit: of an action; see shared.trainers.rollout.Actor.
 
     Raises:
         UserError: no evaluation has `metric_for_best_model`.
@@ -85,9 +100,7 @@ def check_best_metric(trainer: OnlineTrainer, args: Any, rewards: Sequence[str],
     own = kind.evaluate is not Trainer.evaluate or kind.evaluation_loop is not OnlineTrainer.evaluation_loop
     if name is None or own or args.eval_strategy == "no":
         return
-    size = args.num_generations_eval or args.num_generations
-    known = ["reward", *(f"rewards/{reward}/mean" for reward in rewards), "pass@1", f"pass@{size}"]
-    known += ["completions/mean_length", "completions/clipped_ratio"]
+    known = figure_names(args, rewards, unit)
     timed = ["runtime", "samples_per_second", "steps_per_second"]
     sets = list(held_out) if isinstance(held_out, dict) else []
     timed += [f"{each}_{metric}" for each in sets for metric in timed]

@@ -8,6 +8,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from PIL import Image
 
 from shared.errors import UserError
@@ -161,7 +162,24 @@ def test_images_are_sent(server):
         kind, data = shown["image_url"]["url"].split(",")
         decoded = Image.open(io.BytesIO(base64.b64decode(data)))
         assert kind == "data:image/png;base64" and decoded.size == (2, 3) and decoded.getpixel((0, 0)) == (255, 0, 0)
-    assert "Request:\nWhat?\n" in asked(server.bodies[0]) and "Answer:\n(the image)" in asked(server.bodies[2])
+    assert "Request:\nWhat?\n" in asked(server.bodies[0]) and "Description:\nDraw red.\n" in asked(server.bodies[2])
+
+
+def test_generated_images_are_sent_once(server):
+    server.plan = lambda number, body: (200, "7", {})
+    red = torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 4, 4)
+    rows = [Sample("a red circle", red, {"kind": "x"}), Sample("a blue square", red.flip(0), {"kind": "y"})]
+    asks = "Is this a {kind}: {prompt}? {completion}"
+    for reward, words in (
+        (judge(server), "Description:\na red circle\n"),
+        (judge(server, prompt=asks), "Is this a x: a"),
+    ):
+        server.bodies.clear()
+        assert RewardSet(reward)(rows).values[:, 0].tolist() == pytest.approx([0.7, 0.7])
+        (first,) = [body for body in server.bodies if "a red circle" in asked(body)]
+        shown, text = first["messages"][0]["content"]
+        decoded = Image.open(io.BytesIO(base64.b64decode(shown["image_url"]["url"].split(",")[1])))
+        assert decoded.size == (4, 4) and decoded.getpixel((0, 0)) == (255, 0, 0) and words in text["text"]
 
 
 def test_a_busy_server_is_asked_again(server):
