@@ -25,14 +25,15 @@ RUN_FILES = ("run.yaml", "report")
 RUN_PATTERN = re.compile(r"checkpoint-(\d+)$")
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a kill, sees the old text or the new one and nothing between."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # One fixed temporary name: what a killed run leaves behind is overwritten by the next one, not piled up.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         # A half of a surrogate pair, cut off in generation, is no reason to lose a report.
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+        content = content.encode("utf-8", errors="replace") if isinstance(content, str) else content
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -46,6 +46,9 @@ class Command:
         return tuple(with_defaults(group, self.defaults) for group in (model, data, own))
 
 
+# An adapter is what diffusion models are fine-tuned with unless --no_use_peft asks for the whole denoiser.
+LORA: Mapping[str, Any] = {"use_peft": True, "lora_dropout": 0.0, "lora_task_type": None}
+
 COMMANDS: dict[str, Command] = {
     "sft": Command(
         options="textalign.sft_options:SFTOptions",
@@ -187,6 +190,46 @@ COMMANDS: dict[str, Command] = {
         trainer="visionalign.policy_gradient:VLMGRPOTrainer",
         script="grpo_vlm",
         summary="Learn from rewards of a vision-language model's own answers, compared in groups.",
+    ),
+    "ddpo": Command(
+        options="diffusionalign.options:DDPOOptions",
+        config="diffusionalign.ddpo:DDPOConfig",
+        trainer="diffusionalign.ddpo:DDPOTrainer",
+        script="ddpo",
+        summary="Learn from rewards of a diffusion model's own pictures, a denoising step as the action (DDPO).",
+        defaults=LORA,
+    ),
+    "flow-grpo": Command(
+        options="diffusionalign.options:FlowGRPOOptions",
+        config="diffusionalign.flow_grpo:FlowGRPOConfig",
+        trainer="diffusionalign.flow_grpo:FlowGRPOTrainer",
+        script="flow_grpo",
+        summary="Learn from rewards of a flow-matching model's own pictures, compared in groups (Flow-GRPO).",
+        defaults=LORA,
+    ),
+    "alignprop": Command(
+        options="diffusionalign.alignprop_options:AlignPropOptions",
+        config="diffusionalign.alignprop:AlignPropConfig",
+        trainer="diffusionalign.alignprop:AlignPropTrainer",
+        script="alignprop",
+        summary="Train a diffusion model on the gradient of a differentiable reward (AlignProp, DRaFT, ReFL).",
+        defaults=LORA,
+    ),
+    "diffusion-dpo": Command(
+        options="diffusionalign.preference_options:DiffusionDPOOptions",
+        config="diffusionalign.preference:DiffusionDPOConfig",
+        trainer="diffusionalign.preference:DiffusionDPOTrainer",
+        script="diffusion_dpo",
+        summary="Train a diffusion model on pairs of a preferred and another picture (Diffusion-DPO and its family).",
+        defaults=LORA,
+    ),
+    "diffusion-nft": Command(
+        options="diffusionalign.nft_options:DiffusionNFTOptions",
+        config="diffusionalign.nft:DiffusionNFTConfig",
+        trainer="diffusionalign.nft:DiffusionNFTTrainer",
+        script="diffusion_nft",
+        summary="Train a diffusion model on rewards of its own pictures by the forward process (DiffusionNFT).",
+        defaults=LORA,
     ),
 }
 

@@ -171,10 +171,10 @@ def _convert(given: Any, known: dict[str, Option], errors: list[str]) -> dict[st
 
 
 def _without_effect(given: dict[str, _Given], known: dict[str, Option]) -> Iterator[str]:
-    """Options whose switch was never mentioned. A switch that is turned off by name is taken to be meant so."""
+    """Options whose switch was never mentioned and is not on by itself. One that is turned off by name is meant so."""
     for item in given.values():
         switch = known[item.name].needs
-        if switch and switch not in given:
+        if switch and switch not in given and known[switch].default is not True:
             unused = f", or --no_{switch} to keep it unused" if known[switch].annotation is bool else ""
             yield f"{item.label}: has no effect without {switch}. Add --{switch}{unused}"
 

@@ -6,6 +6,8 @@ Figures that a trainer logs come from its own history; nothing is measured here 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import json
 import math
@@ -14,15 +16,18 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.runtime.checkpoint import write_atomically
 from shared.runtime.report_curves import Curves, curves_from_log
+from shared.runtime.report_grid import PictureGrid
 from shared.runtime.report_html import render
+from shared.runtime.report_pictures import Picture, from_plain, to_plain
 from shared.runtime.report_text import as_number, before_after_table
 from shared.runtime.rollout_tables import RolloutRow, RolloutTable, add_table, from_json, rollout_text, to_json
 from shared.secrets import is_secret
@@ -54,6 +59,7 @@ PACKAGES = (
     "bitsandbytes",
 )
 
+PICTURES = "pictures.json"  # the thumbnails that a resumed run shows again
 MASK = "***"
 LOGIN_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
@@ -69,6 +75,7 @@ class SampleRow:
         before, after: the model's answer before and after training; None where it was not asked.
         columns: further columns, e.g. `kind` or the parts of a reward.
         verbatim: whether an answer that is not the reference word for word is marked as wrong.
+        before_images, after_images: PIL images that the model made, before and after training.
     """
 
     images: list[Image]
@@ -78,6 +85,17 @@ class SampleRow:
     after: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     verbatim: bool = True
+    before_images: list[Image | Picture] = field(default_factory=list)
+    after_images: list[Image | Picture] = field(default_factory=list)
+
+    def as_before(self) -> SampleRow:
+        """The same row, with what was answered now as what was answered before training."""
+        shown = [Picture.of(image) for image in self.after_images]
+        return replace(self, before=self.after, after=None, before_images=shown, after_images=[])
+
+    def since(self, earlier: SampleRow) -> SampleRow:
+        """The same row, with what an earlier one has of before training."""
+        return replace(self, before=earlier.before, before_images=earlier.before_images)
 
 
 class RunReport:
@@ -91,6 +109,7 @@ class RunReport:
         notes: lines for the reader: rows that were skipped, where the run was interrupted, how to go on.
         samples: rows of the sample table.
         rollouts: sample tables of an online run, ascending steps; filled by `add_rollouts`.
+        grid: the same prompts' pictures at several steps; filled by `add_pictures`.
         status: `finished`, `interrupted` or `failed`.
 
     Args:
@@ -113,6 +132,7 @@ class RunReport:
         self.notes: list[str] = []
         self.samples: list[SampleRow] = []
         self.rollouts: list[RolloutTable] = []
+        self.grid = PictureGrid()
         self.status = "finished"
 
     def add_curves(self, log_history: Sequence[Mapping]) -> None:
@@ -126,18 +146,44 @@ class RunReport:
         """Take the sample table of one step, its pictures made small; of many tables the older ones are thinned."""
         self.rollouts = add_table(self.rollouts, table.with_thumbnails())
 
-    @staticmethod
-    def rollouts_from(figures: Mapping[str, Any], *, up_to: int | None = None) -> list[RolloutTable]:
-        """The tables of an earlier report, without their pictures.
+    def add_pictures(
+        self,
+        step: int,
+        prompts: Sequence[str],
+        images: Sequence[Image],
+        rewards: Sequence[float | None] | None = None,
+        label: str = "",
+    ) -> None:
+        """Take the pictures of the same prompts, from the same noise, at one more step; see PictureGrid.add."""
+        self.grid.add(step, prompts, images, rewards, label)
+
+    def recall(self, directory: str | Path, *, up_to: int | None = None) -> None:
+        """Take from an earlier report what a resumed run cannot measure again.
+
+        That is what was measured and answered before training, and what was sampled so far. The pictures that the
+        model made come back, those of the prompts do not.
 
         Args:
-            figures: what report.json holds.
-            up_to: the step from which the run goes on; later tables are left out. None: all are taken.
+            directory: the earlier report's folder; nothing is taken where there is no report.
+            up_to: the step from which the run goes on; what was sampled later is left out. None: all is taken.
         """
-        return from_json(figures.get("rollouts", ()), up_to=up_to)
+        path, kept = Path(directory) / "report.json", Path(directory) / PICTURES
+        if not path.is_file():
+            return
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        shown = from_plain(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else {}
+        self.before = earlier["before"]
+        self.rollouts = from_json(earlier.get("rollouts", ()), up_to=up_to, pictures=shown.get("rollouts"))
+        if "grid" in shown and "grid" in earlier:
+            self.grid = PictureGrid.from_json(earlier["grid"], shown["grid"], up_to=up_to)
+        images = shown.get("before", [])
+        self.samples = [
+            SampleRow([], sample["question"], sample["answer"], sample["before"], before_images=pictures or [])
+            for sample, pictures in zip_longest(earlier["samples"], images[: len(earlier["samples"])])
+        ]
 
     def write(self) -> Path:
-        """Write report.json and index.html, each by one atomic replacement.
+        """Write report.json and index.html, each by one atomic replacement; of image runs pictures.png too.
 
         Returns:
             The path of index.html.
@@ -146,12 +192,27 @@ class RunReport:
             OSError: the folder cannot be made or written; what was there before is left as it was.
         """
         figures = self._figures()
-        page = render(figures, self.samples, self.units, self.rollouts)
+        page = render(figures, self.samples, self.units, self.rollouts, self.grid)
         self.directory.mkdir(parents=True, exist_ok=True)
+        if pictures := self._pictures():
+            write_atomically(self.directory / PICTURES, json.dumps(to_plain(pictures)))
+        if self.grid.columns:
+            write_atomically(self.directory / "pictures.png", self.grid.png())
         text = json.dumps(_without_nan(figures), indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(self.directory / "report.json", text + "\n")
         write_atomically(self.directory / "index.html", page)
         return self.directory / "index.html"
+
+    def _pictures(self) -> dict[str, Any]:
+        """What the model drew, as far as it is shown; empty where it drew nothing."""
+        tables = {str(table.step): [row.output_images for row in table.rows] for table in self.rollouts}
+        before = [row.before_images for row in self.samples]
+        drawn = {
+            "rollouts": {step: rows for step, rows in tables.items() if any(rows)},
+            "grid": {str(column.step): column.pictures for column in self.grid.columns},
+            "before": before if any(before) else [],
+        }
+        return {name: kept for name, kept in drawn.items() if kept}
 
     def _figures(self) -> dict[str, Any]:
         return {
@@ -176,6 +237,7 @@ class RunReport:
                 for row in self.samples
             ],
             "rollouts": plain(to_json(self.rollouts)),
+            **({"grid": plain(self.grid.to_json())} if self.grid.columns else {}),
             "config": _shareable(plain(self.config)),
             "environment": environment(),
         }
@@ -192,17 +254,22 @@ def environment() -> dict[str, str | int]:
         "platform": ", ".join(part for part in (f"{platform.system()} {platform.machine()}", libc) if part),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     }
-    for package in PACKAGES:
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    facts |= _versions()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         names = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
         facts["gpus"] = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
         facts["cuda"] = str(torch.version.cuda or torch.version.hip)
     return facts
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def peak_memory() -> dict[str, float]:

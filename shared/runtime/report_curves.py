@@ -18,9 +18,15 @@ Curves = dict[str, dict[str, list]]  # metric -> {"step": [...], "value": [...]}
 
 NOT_CURVES = frozenset({"step", "epoch", "total_flos"})
 REWARD_MEANS, REWARD_STDS, PASS = "rewards by part", "rewards by part, std", "pass@k"
-ONE_CHART = frozenset({"time", "tokens_per_second", "alarms"})  # what stands behind the stroke shares one chart
-UNITS = {"time": "seconds", "tokens_per_second": "tokens/s", "completions/length": "tokens"}
-LAST_CHARTS = ("time", "tokens_per_second", "learning_rate", "grad_norm")  # of less interest than what was learnt
+ONE_CHART = frozenset({"time", "tokens_per_second", "images_per_second", "alarms"})  # share a chart, by the stroke
+UNITS = {
+    "time": "seconds",
+    "tokens_per_second": "tokens/s",
+    "images_per_second": "images/s",
+    "completions/length": "tokens",
+}
+# of less interest than what was learnt
+LAST_CHARTS = ("time", "tokens_per_second", "images_per_second", "learning_rate", "grad_norm")
 COLOURS = 8  # classes c0 … c7 of the style sheet
 SMOOTH_FROM = 30  # points; below that the raw line is readable by itself
 MARKERS_UP_TO = 40

@@ -12,8 +12,9 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from shared.runtime.report_curves import chart, group_metrics, last_step, unit_of, worth_drawing
+from shared.runtime.report_grid import GRID_STYLE, PictureGrid
 from shared.runtime.report_rollouts import ROLLOUT_STYLE, rollouts_section
-from shared.runtime.report_samples import samples_section
+from shared.runtime.report_samples import PAIR_STYLE, are_pairs, samples_section
 from shared.runtime.report_text import (
     compare,
     format_bytes,
@@ -94,6 +95,7 @@ def render(
     samples: Sequence[SampleRow],
     units: Mapping[str, str],
     rollouts: Sequence[RolloutTable] = (),
+    grid: PictureGrid | None = None,
 ) -> str:
     """The page.
 
@@ -102,12 +104,14 @@ def render(
         samples: the rows of the sample table, with their images.
         units: metric -> what its vertical axis counts.
         rollouts: the tables of an online run, oldest first, with their images.
+        grid: the pictures of an image run.
     """
-    title = escape(figures["title"])
+    title, drawn = escape(figures["title"]), grid.html() if grid else ""
     body = "".join(
         [
             _header(figures),
             _comparison(figures["before"], figures["after"]),
+            drawn,
             _curves(figures["curves"], units),
             samples_section(samples),
             rollouts_section(rollouts),
@@ -120,7 +124,9 @@ def render(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<style>{STYLE}{ROLLOUT_STYLE if rollouts else ''}</style></head>\n<body><main>{body}</main></body></html>\n"
+        f"<style>{STYLE}{ROLLOUT_STYLE if rollouts else ''}{GRID_STYLE if drawn else ''}"
+        f"{PAIR_STYLE if are_pairs(samples) else ''}</style></head>\n"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 

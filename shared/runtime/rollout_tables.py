@@ -10,7 +10,7 @@ import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared.runtime.report_pictures import Picture
 from shared.runtime.report_text import MISSING, format_number
@@ -20,25 +20,29 @@ if TYPE_CHECKING:
 
 MOST_TABLES = 20
 NEWEST = 10  # of those, kept without gaps
-LEAST_COMPLETION = 24  # columns of the terminal; parts of a reward give way to it
+LEAST_COMPLETION, LEAST_NUMBER = 24, 8  # columns of the terminal; parts of a reward give way to them
 WIDEST_PART = 12
 WIDEST_FIGURE = 9
+HEADS = {"advantage": "advantage", "tokens": "tokens", "finished": "ended"}
+
+Step = TypeVar("Step")
 
 
 @dataclass
 class RolloutRow:
-    """One completion and its rewards.
+    """One output, a completion or pictures, and its rewards.
 
     Attributes:
         images: the prompt's PIL images, or what is left of them in a kept table.
-        prompt, completion: as text, special tokens included where they matter.
+        prompt, completion: as text, special tokens included where they matter; a picture's completion is empty.
         rewards: part -> value; None or NaN where it does not apply.
         reward: the weighted sum of the parts; None where none applies.
-        advantage: as the loss uses it.
-        tokens: the completion's length, the ending token included.
-        finished: whether it ended by itself; False: cut at the longest length allowed.
+        advantage: as the loss uses it; None: it uses none.
+        tokens: the completion's length, the ending token included; None: it has no tokens.
+        finished: whether it ended by itself; False: cut at the longest length allowed. None: nothing is cut.
         group: which prompt of the table it belongs to. None: told apart by prompt and images.
         extra: column -> what a reward noted of the row, as text.
+        output_images: PIL images that are the output, or what is left of them in a kept table.
     """
 
     images: list[Image | Picture]
@@ -46,11 +50,12 @@ class RolloutRow:
     completion: str
     rewards: dict[str, float | None]
     reward: float | None
-    advantage: float
-    tokens: int
-    finished: bool
+    advantage: float | None
+    tokens: int | None
+    finished: bool | None
     group: int | None = None
     extra: dict[str, str] = field(default_factory=dict)
+    output_images: list[Image | Picture] = field(default_factory=list)
 
 
 @dataclass
@@ -69,6 +74,22 @@ class RolloutTable:
     def extras(self) -> list[str]:
         """The names of the further columns of all rows."""
         return list(dict.fromkeys(name for row in self.rows for name in row.extra))
+
+    @property
+    def output(self) -> str:
+        """What its outputs are called."""
+        return "picture" if any(row.output_images or row.tokens is None for row in self.rows) else "completion"
+
+    @property
+    def single(self) -> bool:
+        """Whether its rows are pictures, one of each prompt, and better shown together."""
+        return self.output == "picture" and all(len(group) == 1 for group in self.groups())
+
+    @property
+    def figures(self) -> list[str]:
+        """Which of `advantage`, `tokens` and `finished` its rows have."""
+        names = ("advantage", "tokens", "finished")
+        return [name for name in names if any(getattr(row, name) is not None for row in self.rows)]
 
     @property
     def mean_reward(self) -> float | None:
@@ -92,7 +113,8 @@ class RolloutTable:
         rows = []
         for group in self.groups():
             pictures = [Picture.of(image) for image in group[0].images]  # the same for all of them: made once
-            rows += [replace(row, images=pictures) for row in group]
+            for row in group:
+                rows.append(replace(row, images=pictures, output_images=[*map(Picture.of, row.output_images)]))
         return RolloutTable(self.step, rows)
 
 
@@ -112,15 +134,29 @@ def _same_prompt(one: RolloutRow, other: RolloutRow) -> bool:
 def add_table(tables: Sequence[RolloutTable], table: RolloutTable) -> list[RolloutTable]:
     """`tables` (ascending steps) and `table`, thinned to MOST_TABLES.
 
-    A table of the same or a later step is dropped: a run that went back to a checkpoint samples it again. The first
-    table and the newest NEWEST stay; of those between, one that has the closest neighbours goes, so that the rest
-    remain evenly spread over the run.
+    The first table and the newest NEWEST stay; see `add_step`.
     """
-    kept = [one for one in tables if one.step < table.step] + [table]
-    while len(kept) > MOST_TABLES:
-        between = range(1, len(kept) - NEWEST)
-        del kept[min(between, key=lambda place: kept[place + 1].step - kept[place - 1].step)]
-    return kept
+    return add_step(tables, table, MOST_TABLES, newest=NEWEST)
+
+
+def add_step(kept: Sequence[Step], new: Step, most: int, *, newest: int) -> list[Step]:
+    """What was kept of some steps (ascending), and of one more, thinned to `most`.
+
+    What is of the same or a later step is dropped: a run that went back to a checkpoint samples it again. The first
+    one and the newest stay; of those between, one that has the closest neighbours goes, so that the rest remain evenly
+    spread over the run.
+
+    Args:
+        kept: anything with a `step`.
+        new: one more of the kind.
+        most: how many are kept.
+        newest: how many of the newest are kept without gaps.
+    """
+    found = [one for one in kept if one.step < new.step] + [new]
+    while len(found) > most:
+        between = range(1, len(found) - newest)
+        del found[min(between, key=lambda place: found[place + 1].step - found[place - 1].step)]
+    return found
 
 
 def to_json(tables: Iterable[RolloutTable]) -> list[dict[str, Any]]:
@@ -141,6 +177,7 @@ def to_json(tables: Iterable[RolloutTable]) -> list[dict[str, Any]]:
                             "tokens": row.tokens,
                             "finished": row.finished,
                             **({"extra": dict(row.extra)} if row.extra else {}),
+                            **({"images": len(row.output_images)} if row.output_images else {}),
                         }
                         for row in rows
                     ],
@@ -152,36 +189,51 @@ def to_json(tables: Iterable[RolloutTable]) -> list[dict[str, Any]]:
     ]
 
 
-def from_json(tables: Iterable[Mapping[str, Any]], *, up_to: int | None = None) -> list[RolloutTable]:
-    """Tables as `to_json` gave them, without their pictures.
+def from_json(
+    tables: Iterable[Mapping[str, Any]],
+    *,
+    up_to: int | None = None,
+    pictures: Mapping[str, Sequence[Sequence[Picture]]] | None = None,
+) -> list[RolloutTable]:
+    """Tables as `to_json` gave them, without the pictures of their prompts.
 
     Args:
         tables: the plain data.
         up_to: the step from which a run goes on; what was sampled after it is left out. None: all.
+        pictures: the step as text -> the pictures that are the output of each row, where they were kept.
     """
-    return [
-        RolloutTable(
-            table["step"],
-            [
-                RolloutRow(
-                    [],
-                    prompt["prompt"],
-                    row["completion"],
-                    dict(row["rewards"]),
-                    row["reward"],
-                    math.nan if row["advantage"] is None else row["advantage"],
-                    row["tokens"],
-                    row["finished"],
-                    group=place,
-                    extra=dict(row.get("extra", {})),
-                )
-                for place, prompt in enumerate(table["prompts"])
-                for row in prompt["completions"]
-            ],
-        )
-        for table in tables
-        if up_to is None or table["step"] <= up_to
-    ]
+    found = []
+    for table in tables:
+        if up_to is not None and table["step"] > up_to:
+            continue
+        given = [
+            (place, prompt["prompt"], row)
+            for place, prompt in enumerate(table["prompts"])
+            for row in prompt["completions"]
+        ]
+        outputs = (pictures or {}).get(str(table["step"]), [[]] * len(given))
+        rows = [_row(prompt, row, at, shown) for (at, prompt, row), shown in zip(given, outputs, strict=True)]
+        found.append(RolloutTable(table["step"], rows))
+    return found
+
+
+def _row(prompt: str, row: Mapping[str, Any], group: int, shown: Sequence[Picture]) -> RolloutRow:
+    advantage = row["advantage"]
+    if advantage is None and row["tokens"] is not None:
+        advantage = math.nan
+    return RolloutRow(
+        [],
+        prompt,
+        row["completion"],
+        dict(row["rewards"]),
+        row["reward"],
+        advantage,
+        row["tokens"],
+        row["finished"],
+        group=group,
+        extra=dict(row.get("extra", {})),
+        output_images=list(shown),
+    )
 
 
 def signed(value: float) -> str:
@@ -202,12 +254,15 @@ def rollout_text(table: RolloutTable, width: int = 100) -> str:
         Lines without a newline at the end. Control characters are shown as escapes, so that a completion cannot
         steer the terminal.
     """
-    mean = table.mean_reward
+    mean, asked = table.mean_reward, table.figures
     title = f"Rollouts at step {table.step:,}" + (
         "" if mean is None else f" (mean reward of those shown {format_number(mean)})"
     )
-    figures = [len("advantage"), WIDEST_FIGURE, len("tokens"), len("ended")]
-    room = width - 2 - sum(size + 2 for size in figures) - LEAST_COMPLETION
+    heads = ["reward", *(HEADS[name] for name in asked)]
+    figures = [WIDEST_FIGURE, *(len(head) for head in heads[1:])]
+    numbered = table.output == "picture" and not table.single
+    least = LEAST_NUMBER if numbered else LEAST_COMPLETION
+    room = width - 2 - sum(size + 2 for size in figures) - least
     names, sizes = table.parts, []
     for name in names:
         size = max(len(_part(name)), 6)
@@ -216,8 +271,8 @@ def rollout_text(table: RolloutTable, width: int = 100) -> str:
         room -= size + 2
         sizes.append(size)
     shown = names[: len(sizes)]
-    sizes = [*sizes, WIDEST_FIGURE, len("advantage"), len("tokens"), len("ended")]
-    wide = LEAST_COMPLETION + max(0, room)
+    sizes += figures
+    wide = least if numbered else least + max(0, room)
 
     def line(first: str, rest: Iterable[str]) -> str:
         return "  ".join(["  " + _fitted(first, wide), *(v.rjust(n) for v, n in zip(rest, sizes, strict=True))])
@@ -225,27 +280,42 @@ def rollout_text(table: RolloutTable, width: int = 100) -> str:
     lines = [title]
     if hidden := len(names) - len(shown):
         lines[0] += f", {hidden} of {len(names)} parts of the reward not shown"
+    head = [*map(_part, shown), *heads]
+    if table.single:
+        lines.append(line("picture of", head))
     for rows in table.groups():
-        images = "[image] " * len(rows[0].images)
-        lines.append(_fitted(images + rows[0].prompt, width).rstrip())
-        lines.append(line("completion", [*map(_part, shown), "reward", "advantage", "tokens", "ended"]))
-        for row in rows:
+        asked_for = "[image] " * len(rows[0].images) + rows[0].prompt
+        if not table.single:
+            lines.append(_fitted(asked_for, width).rstrip())
+            lines.append(line(table.output, head))
+        for at, row in enumerate(rows, start=1):
             parts = [_figure(row.rewards.get(name)) for name in shown]
-            ended = "yes" if row.finished else "cut"
-            lines.append(
-                line(
-                    row.completion or "(empty)",
-                    [*parts, _figure(row.reward), signed(row.advantage), f"{row.tokens:,}", ended],
-                )
-            )
+            said = row.completion or "(empty)"
+            if table.output == "picture":
+                said = asked_for if table.single else f"{at} of {len(rows)}"
+            lines.append(line(said, [*parts, _figure(row.reward), *(_fact(row, name) for name in asked)]))
             if row.extra:
                 noted = ", ".join(f"{name}: {value}" for name, value in row.extra.items())
                 lines.append("    " + _fitted(noted, width - 4).rstrip())
     return "\n".join(lines)
 
 
+def _fact(row: RolloutRow, name: str) -> str:
+    value = getattr(row, name)
+    if value is None:
+        return MISSING
+    if name == "finished":
+        return "yes" if value else "cut"
+    return signed(value) if name == "advantage" else f"{value:,}"
+
+
+def part_name(name: str) -> str:
+    """How a reward is called where all are rewards."""
+    return name.removesuffix("_reward") or name
+
+
 def _part(name: str) -> str:
-    name = name.removesuffix("_reward") or name
+    name = part_name(name)
     return name if len(name) <= WIDEST_PART else name[: WIDEST_PART - 1] + "…"
 
 

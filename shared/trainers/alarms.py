@@ -20,7 +20,9 @@ __all__ = ["AlarmLimits", "Alarms"]
 LOSS, ENTROPY, KL = "loss", "entropy", "kl"
 LENGTH, CLIPPED = "completions/mean_length", "completions/clipped_ratio"
 SPREADLESS, REWARD = "frac_reward_zero_std", "reward"
-WITH_START = (ENTROPY, LENGTH)
+DIVERSITY = "sample_diversity"
+COUNTS = ("patience", "start", "kl_window", "diversity_patience")
+WITH_START = (ENTROPY, LENGTH, REWARD)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class AlarmLimits:
     Args:
         patience: logs in a row beyond a limit before it is told, and within it before it may be told again.
         start: logs whose median is the start that entropy and length are compared with, and logs of the KL before
-            its growth is judged.
+            its growth is judged. A reward is compared with its first log.
         entropy_floor: nats per action; an entropy below it is alarming wherever it started.
         entropy_share: share of the start; an entropy below it is alarming. A healthy run may end at a fifth.
         length_factor: of the start; a longer mean length is alarming. Reasoning that pays off doubles or triples it.
@@ -41,7 +43,11 @@ class AlarmLimits:
             from zero is what training does.
         kl_least: nats per action; below it no jump is alarming.
         kl_window: logs.
-        spreadless: share of prompts all of whose completions got the same reward.
+        spreadless: share of prompts all of whose samples got the same reward.
+        diversity: share of the start; samples that are less unlike each other are alarming while the reward is above
+            its own start: over-optimisation.
+        diversity_least: share of the start; below it it is collapse, whatever the reward does.
+        diversity_patience: logs in a row of either; a model that makes pictures can be spoilt in few steps.
 
     Raises:
         UserError: a limit that is no number or negative, or a count below 1.
@@ -59,13 +65,16 @@ class AlarmLimits:
     kl_least: float = 0.1
     kl_window: int = 10
     spreadless: float = 0.9
+    diversity: float = 0.5
+    diversity_least: float = 0.2
+    diversity_patience: int = 3
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if math.isnan(value) or value < 0:
                 raise UserError(f"{field.name}={value}: a limit of an alarm must be 0 or more.")
-            if field.name in ("patience", "start", "kl_window") and value < 1:
+            if field.name in COUNTS and value < 1:
                 raise UserError(f"{field.name}={value}: must be a number of logs, 1 or more.")
 
 
@@ -76,7 +85,7 @@ class Alarms:
     and a reward that is NaN, which are alarming.
 
     Args:
-        limits: when an alarm is told; the defaults suit runs on tokens with a mean KL per token.
+        limits: when an alarm is told; the defaults suit runs on tokens with a mean KL per token, and on pictures.
     """
 
     def __init__(self, limits: AlarmLimits | None = None) -> None:
@@ -98,7 +107,8 @@ class Alarms:
         Args:
             step: the optimizer step of the log.
             metrics: the log: `loss`, `entropy`, `kl`, `completions/mean_length`, `completions/clipped_ratio`,
-                `frac_reward_zero_std`, `reward`; others are ignored, any may be missing.
+                `frac_reward_zero_std`, `sample_diversity` (1 at the start), `reward`; others are ignored, any may be
+                missing.
 
         Returns:
             One text a kind that is new: what, by how much, what to do. Usually none.
@@ -112,6 +122,7 @@ class Alarms:
             self._judge_clipped(known.get(CLIPPED)),
             self._judge_kl(found.get(KL)),
             self._judge_spread(known.get(SPREADLESS), known.get(REWARD)),
+            self._judge_diversity(known.get(DIVERSITY), known.get(REWARD)),
             self._judge_reward(found.get(REWARD)),
         ]
         return [f"Step {step:,}: {text}" for text in texts if text]
@@ -230,11 +241,33 @@ class Alarms:
             "raise beta, lower the learning rate, or look at the newest rollouts for a reward that is being gamed."
         )
 
+    def _judge_diversity(self, diversity: float | None, reward: float | None) -> str | None:
+        if diversity is None:
+            return None
+        limits, first = self.limits, self._start[REWARD]
+        if not first and reward is not None:  # the first log alone: a model can be spoilt before the fifth
+            first.append(reward)
+        risen = reward is not None and reward > first[0]
+        few, least = limits.diversity_patience, limits.diversity_least
+        gone = self._new("collapse", diversity < least, patience=few)
+        narrow = self._new("over_optimisation", risen and least <= diversity < limits.diversity, patience=few)
+        if not gone and not narrow:
+            return None
+        size = f"samples differ {100 * diversity:.0f} % as much as at the start"
+        if risen:
+            size += f", while the reward rose from {format_number(first[0])} to {format_number(reward)}"
+        return (
+            f"{'collapse' if gone else 'over-optimisation'}: {size}. Look at the pictures in the report: if they lose "
+            "what the reward does not see, go back to an earlier checkpoint, train for fewer steps, lower the "
+            "learning rate, hold the model nearer to its start (beta, a smaller adapter), or add a reward for what is "
+            "lost."
+        )
+
     def _judge_reward(self, reward: float | None) -> str | None:
         if reward is None or not self._new("reward", math.isnan(reward)):
             return None
         return (
-            "no reward: none applies to any completion, so that nothing is learnt. See what the reward functions "
+            "no reward: none applies to any sample, so that nothing is learnt. See what the reward functions "
             "return for the newest rollouts; None and NaN say that a reward does not apply."
         )
 
@@ -243,7 +276,7 @@ class Alarms:
             return None
         mean = "" if reward is None else f" (mean reward {format_number(reward)})"
         return (
-            f"rewards without spread: for {100 * share:.0f} % of the prompts all completions got one reward{mean}, so "
+            f"rewards without spread: for {100 * share:.0f} % of the prompts all samples got one reward{mean}, so "
             "that they teach nothing. The prompts are too easy or too hard, or the reward too coarse: change them, "
-            "sample more completions a prompt or at a higher temperature, or turn dynamic sampling on."
+            "sample more of each prompt or with more randomness, or turn dynamic sampling on."
         )

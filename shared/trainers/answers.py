@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import itemgetter
+from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 from torch import nn
 
-from shared.data.rows import Rows
+from shared.data.rows import PADDING, Rows
 from shared.runtime.generation import greedy_answers
 from shared.runtime.report import SampleRow
 from shared.trainers.config import AlignConfig
 
 SAMPLES_SHOWN = 24
 
+Made = TypeVar("Made")
 # rows -> what `generate` takes for their prompts (left-padded), and the recorded answers
 EncodePrompts = Callable[[Sequence[dict[str, Any]]], tuple[dict[str, Any], list[str]]]
 
@@ -44,22 +46,38 @@ def evenly_spaced(rows: Any, count: int) -> Rows | None:
     return Rows(rows, kept=[at * len(rows) // count for at in range(count)])
 
 
-def answer(model: nn.Module, rows: Rows, encode: EncodePrompts, tokenizer: Any, args: AlignConfig) -> list[Answer]:
-    """The model's greedy answers to all rows, on every process; each process answers its share."""
-    share = rows.share(args.process_index, args.world_size)
-    size = args.per_device_eval_batch_size
-    answered: list[tuple[int, str, str]] = []
+def in_shares(
+    rows: Rows, args: AlignConfig, work: Callable[[list[dict[str, Any]]], Sequence[Made | None]]
+) -> list[tuple[int, Made]]:
+    """What some work makes of each row, with the row's place, on every process; each process does its share.
+
+    Args:
+        rows: the rows.
+        args: how many rows are worked on at once, and the processes.
+        work: rows -> one thing each, None where there is none. All processes call it equally often.
+    """
+    share, size = rows.share(args.process_index, args.world_size), args.per_device_eval_batch_size
+    found: list[tuple[int, Made]] = []
     for start in range(0, len(share), size):
         batch = [share[at] for at in range(start, min(start + size, len(share)))]
+        for at, (row, made) in enumerate(zip(batch, work(batch), strict=True), start=start):
+            if made is not None and not row.get(PADDING):
+                found.append((at * args.world_size + args.process_index, made))
+    if args.world_size > 1:
+        found = gather_object(found)
+    return sorted(found, key=itemgetter(0))
+
+
+def answer(model: nn.Module, rows: Rows, encode: EncodePrompts, tokenizer: Any, args: AlignConfig) -> list[Answer]:
+    """The model's greedy answers to all rows, on every process; each process answers its share."""
+
+    def answered(batch: list[dict[str, Any]]) -> list[tuple[str, str]]:
         inputs, recorded = encode(batch)
         inputs = {name: value.to(args.device) for name, value in inputs.items()}
         texts = greedy_answers(model, inputs, tokenizer, max_new_tokens=args.max_new_tokens)
-        at = [(start + i) * args.world_size + args.process_index for i in range(len(batch))]
-        answered += list(zip(at, texts, recorded, strict=True))
-    if args.world_size > 1:
-        answered = gather_object(answered)
-    by_row = {at: (text, recorded) for at, text, recorded in answered}
-    return [Answer(rows[at], *by_row[at]) for at in range(len(rows))]
+        return list(zip(texts, recorded, strict=True))
+
+    return [Answer(rows[at], *given) for at, given in in_shares(rows, args, answered)]
 
 
 def exact_matches(answers: Sequence[Answer]) -> dict[str, float]:

@@ -7,7 +7,6 @@ over steps and processes, learning rates by module. It does not know what a batc
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import time
 from collections import defaultdict
@@ -169,7 +168,7 @@ class AlignTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self._resume is not None:
             self.load_extras(self._resume)
-            self._recall_before(self._resume.parent / "report" / "report.json")
+            self.report.recall(self._resume.parent / "report", up_to=self.state.global_step)
             written_by = checkpoints.processes_of(self._resume)
             if written_by not in (None, args.world_size) and args.should_save:
                 print(
@@ -195,31 +194,18 @@ class AlignTrainer(Trainer):
             return
         if (answered := self._timed_answers()) is not None:
             self.report.before, samples = answered
-            for sample in samples:
-                sample.before, sample.after = sample.after, None
-            self.report.samples = samples
+            self.report.samples = [sample.as_before() for sample in samples]
             self._write_report("running")
-
-    def _recall_before(self, path: Path) -> None:
-        """A resumed run compares with what was measured before its first step."""
-        if not path.is_file():
-            return
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        self.report.before = earlier["before"]
-        self.report.rollouts = self.report.rollouts_from(earlier, up_to=self.state.global_step)
-        self.report.samples = [
-            SampleRow([], sample["question"], sample["answer"], before=sample["before"])
-            for sample in earlier["samples"]
-        ]
 
     def _answers_after(self) -> None:
         if (answered := self._timed_answers()) is None:
             return
         self.report.after, samples = answered
-        earlier = {(s.question, i): s.before for i, s in enumerate(self.report.samples)}
-        for i, sample in enumerate(samples):
-            sample.before = earlier.get((sample.question, i))
-        self.report.samples = samples
+        earlier = {(sample.question, at): sample for at, sample in enumerate(self.report.samples)}
+        self.report.samples = [
+            sample.since(earlier[key]) if (key := (sample.question, at)) in earlier else sample
+            for at, sample in enumerate(samples)
+        ]
 
     def _timed_answers(self):
         started = time.perf_counter()
@@ -252,7 +238,7 @@ class AlignTrainer(Trainer):
             report.throughput = {"train_seconds": self._train_seconds} | {
                 f"{name}_per_second": total / self._train_seconds
                 for name, total in self._totals.items()
-                if name in ("samples", "tokens")
+                if name in ("samples", "tokens", "images")
             }
         report.peak_memory = peak_memory()
         if status == "interrupted":

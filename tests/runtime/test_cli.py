@@ -145,6 +145,7 @@ def test_a_row_may_have_its_own_default():
         read(name=name)
     group = COMMANDS["reward"].groups[0]
     assert group is COMMANDS["reward"].groups[0] and group().lora_r == 16
+    read("--lora_r", "4", name="ddpo")  # an adapter is trained there without being asked for
     with_list = with_defaults(group, {"lora_target_modules": ["all-linear"]})
     assert with_list().lora_target_modules is not with_list().lora_target_modules
 

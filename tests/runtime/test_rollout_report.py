@@ -132,9 +132,10 @@ def test_tables_come_back_from_json_without_their_pictures(report: RunReport, tm
     report.add_rollouts(RolloutTable(10, rows))
     report.add_rollouts(RolloutTable(20, [row("x")]))
     _, figures = written(report)
-    assert [table.step for table in RunReport.rollouts_from(figures)] == [10, 20]
-    resumed = RunReport(tmp_path / "resumed", title="a run")
-    resumed.rollouts = RunReport.rollouts_from(figures, up_to=10)
+    whole, resumed = RunReport(tmp_path, title="a run"), RunReport(tmp_path / "resumed", title="a run")
+    whole.recall(report.directory)
+    assert [table.step for table in whole.rollouts] == [10, 20]
+    resumed.recall(report.directory, up_to=10)
     assert [table.step for table in resumed.rollouts] == [10]
     assert [len(group) for group in resumed.rollouts[0].groups()] == [2, 2]  # though only the pictures told them apart
     assert math.isnan(resumed.rollouts[0].rows[0].advantage) and resumed.rollouts[0].rows[0].reward is None
@@ -144,7 +145,8 @@ def test_tables_come_back_from_json_without_their_pictures(report: RunReport, tm
         for prompt in table["prompts"]:
             del prompt["images"]
     assert again["rollouts"] == figures["rollouts"]
-    assert RunReport.rollouts_from({"title": "written by a run without rollouts"}) == []
+    whole.recall(tmp_path / "nowhere")
+    assert len(whole.rollouts) == 2
 
 
 def test_rows_of_a_prompt_are_grouped_wherever_they_stand() -> None:
