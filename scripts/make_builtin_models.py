@@ -1,11 +1,12 @@
-"""Train the built-in models that other trainers start from, with the suite's own trainers, and measure them.
+"""Train the built-in models that other trainers start from, and measure them; all but pipelines by our own trainers.
 
-    python scripts/make_builtin_models.py                      # all five, some eight minutes of one core
+    python scripts/make_builtin_models.py                      # all seven, some fifty minutes of one core
     python scripts/make_builtin_models.py builtin/rm-reviews   # only this one
 
 Each is written to its folder in `shared/builtin`: processor and configuration of the model it starts from, its weights
 in bfloat16, and a card that says what they reach. On the same machine and versions the weights come out the same.
-`builtin/lm-small-sft`, from which two of them start, is made by `python -m shared.builtin.make_lm`.
+`builtin/lm-small-sft`, from which two of them start, is made by `python -m shared.builtin.make_lm`. The text-to-image
+pipelines are trained from nothing by `shared.builtin.make_diffusion`, and written in float16.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from typing import Any
 
 import torch
 
-from shared.builtin import MODELS, load_dataset, measure, model_path, shapes_preference
+from shared.builtin import (
+    MODELS,
+    load_dataset,
+    make_diffusion,
+    measure,
+    model_path,
+    pipeline_path,
+    shapes_preference,
+)
 from shared.builtin.models import WEIGHTS, load_config
 from shared.builtin.train_lm import CARD, save_weights
 from shared.errors import UserError
@@ -140,16 +149,20 @@ MADE = {
         options={"max_steps": 400, "warmup_steps": 30, "learning_rate": 2e-3},
     ),
 }
+NAMES = (*MADE, *make_diffusion.MADE)
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(MADE)
+    names = sys.argv[1:] or NAMES
     for name in names:
-        if name not in MADE:
-            raise UserError(f"{name!r} is not a model that is made here; these are: {', '.join(MADE)}.")
+        if name not in NAMES:
+            raise UserError(f"{name!r} is not a model that is made here; these are: {', '.join(NAMES)}.")
     torch.set_num_threads(1)  # the same sums whatever the machine
     for name in names:
-        make(name, MADE[name], MODELS[name])
+        if name in MADE:
+            make(name, MADE[name], MODELS[name])
+        else:
+            make_diffusion.make(name, pipeline_path(name))
 
 
 def make(name: str, made: Made, directory: Path) -> None:

@@ -5,7 +5,8 @@ A model is a directory with a configuration and a processor (or tokenizer). `bui
 (`shared.builtin.models`), so there is nothing to download and training starts from nothing. The others are short
 trainings of these, a start for the trainers that need a model that can already answer, or score:
 `builtin/lm-small-sft` is made by `shared.builtin.make_lm`, the rest by `scripts/make_builtin_models.py`, and each has
-a card. A data set is drawn or read when it is loaded. Importing this package loads neither torch nor datasets.
+a card. The text-to-image pipelines have weights too and are made by that script; each is in the folders that diffusers
+saves. A data set is drawn or read when it is loaded. Importing this package loads neither torch nor datasets.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ MODELS: dict[str, Path] = {
     "builtin/video-small": _HERE / "qwen2_vl_small",
 }
 
+# Name -> directory of the text-to-image pipeline, as diffusers saves it.
+PIPELINES: dict[str, Path] = {
+    "builtin/sd-small": _HERE / "sd_small",
+    "builtin/sd3-small": _HERE / "sd3_small",
+}
+
 # Name -> module and function `(split) -> datasets.Dataset`, imported when it is asked for.
 DATASETS: dict[str, str] = {
     "builtin/shapes": "shared.builtin.shapes:load",
@@ -47,6 +54,8 @@ DATASETS: dict[str, str] = {
     "builtin/shapes-preference": "shared.builtin.shapes_preference:load",
     "builtin/picture-pairs": "shared.builtin.picture_pairs:load",
     "builtin/moving-shapes": "shared.builtin.moving_shapes:load",
+    "builtin/picture-prompts": "shared.builtin.pictures:load_prompts",
+    "builtin/picture-preferences": "shared.builtin.pictures:load_preferences",
     "builtin/digits": "shared.builtin.digits:load",
     "builtin/arithmetic": "shared.builtin.arithmetic:load",
     "builtin/arithmetic-prompts": "shared.builtin.arithmetic:load_prompts",
@@ -76,6 +85,15 @@ def model_path(name: str) -> Path:
         UserError: no built-in model has this name.
     """
     return MODELS[_known(name, MODELS, "model")]
+
+
+def pipeline_path(name: str) -> Path:
+    """Directory of the built-in text-to-image pipeline `name`, as `DiffusionPipeline.from_pretrained` takes it.
+
+    Raises:
+        UserError: no built-in pipeline has this name.
+    """
+    return PIPELINES[_known(name, PIPELINES, "pipeline")]
 
 
 def load_dataset(name: str, split: str = "train") -> Dataset:

@@ -155,6 +155,12 @@ def paint(layout: Layout, rng: random.Random) -> np.ndarray:
 @cache
 def sprite(form: str, colour: str, size: int) -> np.ndarray:
     """A shape on black, (size, size, 3) uint8."""
+    return (cover(form, size)[..., None] * np.array(COLOURS[colour], np.float32)).round().astype(np.uint8)
+
+
+@cache
+def cover(form: str, size: int) -> np.ndarray:
+    """The share of each pixel that a shape covers, (size, size) float32; a form other than the known is a cross."""
     scale = 8  # drawn large and averaged down, for smooth edges
     last = size * scale - 1
     mask = Image.new("L", (size * scale, size * scale))
@@ -163,7 +169,10 @@ def sprite(form: str, colour: str, size: int) -> np.ndarray:
         draw.ellipse((0, 0, last, last), fill=255)
     elif form == "square":
         draw.rectangle((0, 0, last, last), fill=255)
-    else:
+    elif form == "triangle":
         draw.polygon([(0, last), (last, last), (last // 2, 0)], fill=255)
-    cover = np.asarray(mask.resize((size, size), Image.Resampling.BOX), np.float32)[..., None] / 255
-    return (cover * np.array(COLOURS[colour], np.float32)).round().astype(np.uint8)
+    else:
+        arm = (last + 1) // 3
+        draw.rectangle((arm, 0, last - arm, last), fill=255)
+        draw.rectangle((0, arm, last, last - arm), fill=255)
+    return np.asarray(mask.resize((size, size), Image.Resampling.BOX), np.float32) / 255

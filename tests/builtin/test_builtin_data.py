@@ -214,7 +214,7 @@ TRAINED = [path.stem for path in sorted(builtin.RECIPES.glob("*.yaml")) if "buil
 def test_a_recipe_names_what_is_there_and_answers_every_held_out_row(name):
     options = yaml.safe_load((builtin.RECIPES / f"{name}.yaml").read_text())
     names = options["dataset_name"] if isinstance(options["dataset_name"], list) else [options["dataset_name"]]
-    assert options["model_name_or_path"] in builtin.MODELS
+    assert options["model_name_or_path"] in {**builtin.MODELS, **builtin.PIPELINES}
     assert set(names) <= set(builtin.DATASETS)
     if "eval_answers" in options:
         assert options["eval_answers"] == sum(len(builtin.load_dataset(name, "test")) for name in names)
