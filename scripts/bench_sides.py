@@ -33,7 +33,7 @@ class Side:
                 text=True,
                 env={**os.environ, **settings},
             )
-        self.answer()
+        self.began = self.answer()
 
     def answer(self) -> Told:
         """What the side says next.

@@ -45,14 +45,14 @@ class Turns:
         self.resident = torch.cuda.memory_allocated() if cuda else _memory("VmRSS")
 
     def begin(self) -> None:
-        """Tell that all is ready, and make the first block when it is time."""
+        """Tell that all is ready, and of the model as it is; make the first block when it is time."""
         if not self.resident:
             self.loaded()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the loading's
-        self._tell({})
+        self._tell(self.history())
 
     def _tell(self, what: dict[str, Any]) -> None:
         print(json.dumps(what), file=self.said, flush=True)

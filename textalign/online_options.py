@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.runtime.options import option
-from shared.trainers.online_options import PolicyGradientOptions, SamplingOptions, UpdateOptions
+from shared.trainers.online_options import PolicyGradientOptions, SamplingOptions, TokenUpdateOptions
 from shared.trainers.reference_options import ReferenceModelOptions
 from textalign.options import TokenizerOptions
 
@@ -26,7 +26,7 @@ class GRPOOptions(TextSamplingOptions, PolicyGradientOptions, ReferenceModelOpti
 
 
 @dataclass
-class RLOOOptions(TextSamplingOptions, UpdateOptions, ReferenceModelOptions):
+class RLOOOptions(TextSamplingOptions, TokenUpdateOptions, ReferenceModelOptions):
     """REINFORCE leave-one-out."""
 
     num_generations: int = option(2, "G, samples of each prompt; the others are the baseline of each.")

@@ -15,9 +15,9 @@ from shared.objectives.policy_gradient import PolicyGradient
 from shared.rewards.combine import RewardSet
 from shared.trainers.leave_one_out import LeaveOneOutTrainer, leave_one_out_objective
 from shared.trainers.online_config import OnlineConfig
-from shared.trainers.policy_gradient import PolicyGradientTrainer, objective_of
 from shared.trainers.reference_checks import check_reference_used
 from shared.trainers.rewarding import check_best_metric, refuse_unknown, rewards_of, tell_doubts
+from shared.trainers.token_policy_gradient import TokenPolicyGradientTrainer, objective_of
 from shared.trainers.token_rollouts import engine_of, sampling_of, token_parts
 from textalign.config import TextConfig
 from textalign.online_options import GRPOOptions, RLOOOptions
@@ -49,7 +49,7 @@ class RLOOConfig(OnlineConfig, RLOOOptions, TextConfig):
             raise UserError(f"reward_clip_range {bounds}: give two numbers, the least reward and the greatest.")
 
 
-class TextPolicyGradientTrainer(TextReference, PolicyGradientTrainer):
+class TextPolicyGradientTrainer(TextReference, TokenPolicyGradientTrainer):
     """Base of the text trainers that are rewarded for what they write.
 
     Args:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shared.runtime.options import option
-from shared.trainers.preference_options import BeforehandOptions, PairLossOptions, PreferenceOptions
+from shared.trainers.preference_options import AnswerLossOptions, BeforehandOptions, PreferenceOptions
 from textalign.options import TextOptions
 
 
@@ -24,7 +24,7 @@ class ReferenceOptions(TextPreferenceOptions, BeforehandOptions):
 
 
 @dataclass
-class DPOOptions(PairLossOptions, ReferenceOptions):
+class DPOOptions(AnswerLossOptions, ReferenceOptions):
     """Direct preference optimisation and its family."""
 
 

@@ -18,9 +18,9 @@ from shared.objectives.policy_gradient import PolicyGradient
 from shared.trainers.config import AlignConfig
 from shared.trainers.datasets import check_evaluation
 from shared.trainers.online_config import OnlineConfig
-from shared.trainers.policy_gradient import PolicyGradientTrainer, objective_of
 from shared.trainers.reference_checks import check_reference_used
 from shared.trainers.rewarding import check_best_metric, refuse_unknown, rewards_of, tell_doubts
+from shared.trainers.token_policy_gradient import TokenPolicyGradientTrainer, objective_of
 from shared.trainers.token_rollouts import engine_of, sampling_of, token_parts
 from visionalign.families import placeholder_ids
 from visionalign.online_options import VLMGRPOOptions
@@ -44,7 +44,7 @@ class VLMGRPOConfig(OnlineConfig, VLMGRPOOptions, AlignConfig):
             )
 
 
-class VLMGRPOTrainer(VLMReference, PolicyGradientTrainer):
+class VLMGRPOTrainer(VLMReference, TokenPolicyGradientTrainer):
     """Group relative policy optimisation and its family on images and text.
 
     Shao et al. 2024, arXiv:2402.03300; `args.recipe` names presets of the others.

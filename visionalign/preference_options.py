@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shared.runtime.options import option
-from shared.trainers.preference_options import BeforehandOptions, PairLossOptions, PreferenceOptions
+from shared.trainers.preference_options import AnswerLossOptions, BeforehandOptions, PreferenceOptions
 from visionalign.prompt_options import VLMPromptOptions
 
 
 @dataclass
-class VLMDPOOptions(PairLossOptions, PreferenceOptions, BeforehandOptions, VLMPromptOptions):
+class VLMDPOOptions(AnswerLossOptions, PreferenceOptions, BeforehandOptions, VLMPromptOptions):
     """Direct preference optimisation of vision-language models, and its family."""
 
     max_completion_length: int | None = option(None, "Answers lose their end beyond so many tokens. Unset: no cut.")

@@ -1,8 +1,8 @@
 """Data sets that lie in a local file or folder.
 
-JSON and CSV are read here, row by row, and not by the arrow readers: a content that is a string in one row and a list
-of parts in the next, a `completion` of digits and a broken line are trouble for those readers, and a user must be told
-the file and the line. Rows that are odd but readable are kept, for `schema.check_rows` to name.
+JSON, CSV and plain text are read here, row by row, and not by the arrow readers: a content that is a string in one row
+and a list of parts in the next, a `completion` of digits and a broken line are trouble for those readers, and a user
+must be told the file and the line. Rows that are odd but readable are kept, for `schema.check_rows` to name.
 
 Deliberately not here: which split is for training (loading.py), and anything that needs pickle or code from the data.
 """
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+LINES = ".txt"  # of a file by its own name: in a folder of data such files are notes and licences
 _SPLIT_WORDS = {
     "train": "train", "training": "train",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
@@ -36,6 +37,8 @@ _SPLIT_WORDS = {
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _NAMED = {"file_name": "image", "file_names": "images"}  # of metadata: the columns that they become
+_OF_PAIRS = ("chosen", "rejected", "jpg_0", "jpg_1")  # two answers, or two pictures
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CHUNK = 10_000  # rows held as Python objects at a time
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
@@ -48,7 +51,8 @@ def load_local(
     A folder's files belong to the split that their name or folder says (`train.jsonl`, `test/part1.parquet`,
     `data/train-00000-of-00002.parquet`), else to "train". Where it has `metadata.csv`, `.jsonl` or `.parquet` files,
     those are read, and their `file_name` is the `image`, or the `video` where its ending says so. Relative paths of
-    images and videos start from the folder of their file.
+    images and videos start from the folder of their file. A text file given by its own name has a column `text`, one
+    row a line; empty lines are none.
 
     Args:
         path: the file or folder; it must exist.
@@ -154,8 +158,8 @@ def _read_files(paths: Sequence[Path], streaming: bool, columns: Mapping[str, st
     from datasets import Dataset, IterableDataset, concatenate_datasets
 
     suffix = paths[0].suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(f"{paths[0]}: files of this type are not read. Supported: {', '.join(SUFFIXES)}.")
+    if suffix not in (*SUFFIXES, LINES):
+        raise UserError(f"{paths[0]}: files of this type are not read. Supported: {', '.join((*SUFFIXES, LINES))}.")
     if suffix == ".parquet":
         tables = [_read_parquet(path, streaming, columns) for path in paths]
         return concatenate_datasets(tables if streaming else align(tables))
@@ -178,7 +182,7 @@ def _with_all_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def iterate_rows(paths: Iterable[str], columns: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
-    """Give the rows of JSON and CSV files, image paths made absolute.
+    """Give the rows of JSON, CSV and text files, image paths made absolute.
 
     CSV values stay text (a completion of "7" or "None" is what it says), but for a `label` of true, false, 1 or 0.
 
@@ -186,7 +190,7 @@ def iterate_rows(paths: Iterable[str], columns: Mapping[str, str] | None = None)
         DataError: naming file and line.
     """
     for path in map(Path, paths):
-        reader = {".jsonl": _read_jsonl, ".json": _read_json}.get(path.suffix.lower(), _read_csv)
+        reader = _READERS.get(path.suffix.lower(), _read_csv)
         try:
             for row in reader(path):
                 yield _resolve(row, path, columns)
@@ -247,6 +251,14 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
             raise DataError(f"{path} line {reader.line_num} is not CSV: {error}") from error
 
 
+def _read_lines(path: Path) -> Iterator[dict[str, str]]:
+    with open(path, encoding="utf-8-sig") as file:
+        yield from ({"text": line.strip()} for line in file if line.strip())
+
+
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, LINES: _read_lines}
+
+
 def _resolve(row: dict[str, Any], path: Path, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Rename metadata columns, and make the paths of images and videos absolute, in columns and in parts."""
     base = os.path.abspath(path.parent)
@@ -261,6 +273,9 @@ def _resolve(row: dict[str, Any], path: Path, columns: Mapping[str, str] | None 
             paths = [_absolute(item, base) for item in (value if isinstance(value, list) else [value])]
             several = isinstance(value, list) or (name.endswith("s") and value is not None)
             row[name] = paths if several else paths[0]
+        elif name in _OF_PAIRS and isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES):
+            found = _absolute(value, base)  # an answer may end like a picture's name
+            row[name] = found if os.path.isfile(found) else value
         elif isinstance(value, list):
             for message in value:
                 content = message.get("content") if isinstance(message, dict) else None

@@ -90,6 +90,10 @@ class GroupedBatch:
         """Scalar: the tokens that the objective counts."""
         return self.completion_mask.sum()
 
+    def seen(self) -> Tensor:
+        """Scalar: the tokens that the model reads beside the prompts."""
+        return self.completion_attention.sum()
+
     def _map(self, function) -> GroupedBatch:
         changed = {f.name: function(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         extras = {k: function(v) if isinstance(v, Tensor) else v for k, v in self.model_inputs.items()}
@@ -161,6 +165,15 @@ class ActionStats(Protocol):
 
 class Policy(Protocol):
     """A modality's side of training: how its model gives log-probabilities."""
+
+    def around(self, model: nn.Module, *, share_prefix: bool = True) -> Policy:
+        """The same policy around another model, its reference; itself where it keeps nothing of the model.
+
+        Args:
+            model: the reference, frozen.
+            share_prefix: of token policies, run each prompt once for its completions.
+        """
+        ...
 
     def log_probs(
         self, model: nn.Module, batch: Any, *, entropy: bool = False, entropy_gradient: bool = False

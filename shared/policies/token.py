@@ -138,6 +138,10 @@ class TokenPolicy:
         enabled = share_prefix and self.fused and not learns_prompt
         self.sharing = PrefixSharing(inner, getattr(inner, inner.base_model_prefix, None), enabled=enabled)
 
+    def around(self, model: nn.Module, *, share_prefix: bool = True) -> TokenPolicy:
+        """The same policy around another model, its reference."""
+        return TokenPolicy(model, temperature=self.transform.temperature, share_prefix=share_prefix)
+
     def action_objective(
         self,
         model: nn.Module,

@@ -11,14 +11,16 @@ from shared.objectives.advantages import leave_one_out, weighted_rewards
 from shared.objectives.policy_gradient import PolicyGradient
 from shared.trainers.policy_gradient import PolicyGradientTrainer, made_objective
 from shared.trainers.rollout import Rollout, cut
+from shared.trainers.token_policy_gradient import check_tokens
 
 
 def leave_one_out_objective(args: Any) -> PolicyGradient:
-    """RLOO's objective by UpdateOptions: the clipped ratio of whole samples, β in the reward.
+    """RLOO's objective by TokenUpdateOptions: the clipped ratio of whole samples, β in the reward.
 
     Raises:
         UserError: options out of range.
     """
+    check_tokens(args)
     return made_objective(args, importance="sequence_sum", epsilon=args.epsilon, epsilon_high=args.epsilon_high)
 
 
@@ -39,7 +41,7 @@ class LeaveOneOutTrainer(PolicyGradientTrainer):
         if not self.args.beta:
             return super().penalty(rollout)
         parts = cut(rollout.lengths, self.unit, self.args.per_device_train_batch_size, 1)
-        with self._timed("log_probs"):
+        with self.timed("log_probs"):
             if rollout.logp is not None and self.samplers_count:
                 rollout.old = list(rollout.logp)
             else:

@@ -32,12 +32,17 @@ class OfflineTrainer(AlignTrainer):
 
     Attributes:
         read_held_out: held-out rows as a user has them -> rows as the collator takes them.
+        batch_class: what the collator gives: GroupedBatch, or a modality's own record with its `rows`, `columns`,
+            `notes`, `action_mask`, `seen`, `counted_tokens` and `to`.
+        throughput: what `seen` and `rows` count, as the report calls it; None: not told.
 
     Raises:
         UserError: arguments that older versions of other libraries' trainers take.
     """
 
     read_held_out: Callable[[Any], Any] = Rows
+    batch_class: type = GroupedBatch
+    throughput: tuple[str | None, str | None] = ("tokens", "samples")
 
     def __new__(cls, *args: Any, **kwargs: Any):
         if "tokenizer" in kwargs:
@@ -52,14 +57,14 @@ class OfflineTrainer(AlignTrainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
-        if not isinstance(batches[0], GroupedBatch):
+        if not isinstance(batches[0], self.batch_class):
             raise UserError(
-                f"data_collator gave a {type(batches[0]).__name__}; the trainers here take a GroupedBatch. Leave "
-                "data_collator out: the trainer's own masks and pads by the model's family."
+                f"data_collator gave a {type(batches[0]).__name__}; this trainer takes a {self.batch_class.__name__}. "
+                "Leave data_collator out: the trainer's own makes batches as its model takes them."
             )
         for batch in batches:
             self.row_notes.update(batch.notes)
-        counts = [{"seen": batch.completion_attention.sum(), **self.step_counts(batch)} for batch in batches]
+        counts = [{"seen": batch.seen(), **self.step_counts(batch)} for batch in batches]
         names = list(counts[0])
         sums = torch.stack([torch.stack([torch.as_tensor(c[name]) for name in names]) for c in counts]).sum(0)
         rows = torch.as_tensor(sum(map(_samples, batches)), dtype=sums.dtype, device=sums.device)[None]
@@ -79,7 +84,7 @@ class OfflineTrainer(AlignTrainer):
 
     def _write_report(self, status: str) -> None:
         if hasattr(self, "_seen"):
-            self._totals["tokens"], self._totals["samples"] = self._seen.tolist()
+            self._totals |= dict(zip(self.throughput, self._seen.tolist(), strict=True))
         super()._write_report(status)
 
     def get_train_dataloader(self) -> DataLoader:

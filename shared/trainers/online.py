@@ -38,7 +38,9 @@ from shared.trainers.base import AlignTrainer
 from shared.trainers.keeping import preserved_randomness
 from shared.trainers.online_evaluation import answered, evaluated, keep_samples, print_samples
 from shared.trainers.online_loop import Steps, Stream
+from shared.trainers.online_sampling import resampled, scored, scored_beside
 from shared.trainers.online_state import Place, load_state, save_state
+from shared.trainers.pictures import Pictures
 from shared.trainers.readying import evaluated_model
 from shared.trainers.rollout import (
     Actor,
@@ -48,7 +50,6 @@ from shared.trainers.rollout import (
     Rollout,
     cut,
     in_memory,
-    joined_extras,
     round_shape,
 )
 
@@ -98,7 +99,7 @@ class OnlineTrainer(AlignTrainer):
             args,
             train_dataset=rows,
             eval_dataset=eval_dataset,
-            callbacks=[Steps(self), *(callbacks or [])],
+            callbacks=[Steps(self), *([Pictures(self)] if actor.makes_images else []), *(callbacks or [])],
             data_collator=list,
             **kwargs,
         )
@@ -107,6 +108,8 @@ class OnlineTrainer(AlignTrainer):
         self.random = torch.Generator(args.device).manual_seed(args.seed * 65_537 + args.process_index)
         self.buffer: Buffer | None = None
         self.begun: Place | None = None  # where things were before the micro-batches that are being drawn
+        self.drawn_before = 0  # prompts, when the round under way began
+        self.first_number = 0  # in the run, of the first sample that is taken next on this process
         self.alarms = Alarms()
         self.step: dict[str, Tensor] = {}
         self._phase = 0  # micro-batches of the current optimizer step that have been drawn
@@ -165,7 +168,7 @@ class OnlineTrainer(AlignTrainer):
             aligned = self._phase == 0 and args.steps_per_generation % window == 0
             parts = cut(rollout.lengths, self.unit, args.per_device_train_batch_size, window if aligned else 1)
             self.buffer = Buffer(rollout, parts, args.num_iterations, born=self.state.global_step)
-            with self._timed("log_probs"):
+            with self.timed("log_probs"):
                 self.before_updates(self.buffer)
         rows = self.buffer.next()
         return self.micro_batch(self.buffer, rows)
@@ -182,9 +185,10 @@ class OnlineTrainer(AlignTrainer):
         counts = torch.tensor([batch.counts for batch in batches], dtype=torch.float64).sum(0)
         rows, actions = self.accelerator.reduce(counts.float().to(device), "sum").clamp(min=1)
         self.step = {"rows": rows, "actions": actions}
-        self._actions["update"] += float(actions)
+        self._actions["update"] += float(rows if self.actor.makes_images else actions)
         self._totals["samples"] += float(rows)
-        self._totals["tokens"] += float(actions)
+        if self.actor.unit == "token":
+            self._totals["tokens"] += float(actions)
         self._clock = time.perf_counter()
         self.prepare_step(batches)
         return batches, actions
@@ -201,80 +205,64 @@ class OnlineTrainer(AlignTrainer):
     def _round(self) -> Rollout:
         """Sample, reward and finish one round."""
         args, world = self.args, self.args.world_size
+        self.drawn_before = self.prompts.cursor
         drawn = self.prompts.draw(self.local_rows * world // args.num_generations)
         first = args.process_index * self.local_rows
         mine = [drawn[at // args.num_generations] for at in range(first, first + self.local_rows, self.together)]
-        rollout = self._sampled(mine)
+        self.first_number = self.drawn_before * args.num_generations + first
+        rollout = self.sampled(mine)
         if args.dynamic_sampling:
-            rollout = self._resampled(rollout)
+            rollout = resampled(self, rollout)
         figures = self.finish_round(rollout)
         for name, value in figures.items():
             self._noted[name].append(value)
         keep_samples(self, rollout)
         return rollout
 
-    def _sampled(self, indices: list[int], group_size: int | None = None) -> Rollout:
+    def sampled(self, indices: list[int], group_size: int | None = None) -> Rollout:
         """Samples of the prompts at these indices, with their rewards."""
         rows = self.prompts.at(indices)
         self.row_notes.update(self.prompts.notes)
-        with self._timed("generation"), evaluating(self.model), self._inference():
-            self.actor.refresh(self)
-            rollout = self.actor.act(self.model, rows, group_size or self.together, random=self.random)
-            reshard(self.model)
-        self._actions["generation"] += float(rollout.lengths.sum()) * self.args.world_size  # the others write as many
-        with self._timed("rewards"):
-            table = self.score(rollout)
+        size = group_size or self.together
+        rollout, table = (scored_beside if self.args.async_reward_computation else scored)(self, rows, size)
+        done = rollout.rows if self.actor.makes_images else float(rollout.lengths.sum())
+        self._actions["generation"] += done * self.args.world_size  # the others take as many
         rollout.rewards, rollout.extras = table.values, table.extras
         rollout.total = weighted_rewards(table.values, self.rewards.weights)
+        self._note(table)
+        return rollout
+
+    def _note(self, table: RewardTable) -> None:
         for name, value in table.metrics.items():
             self._noted[name].append(value)
         for name, seconds in zip(table.names, table.seconds, strict=True):
             self._seconds[f"rewards/{name}"] += seconds
             if self.args.on_reward_error != "raise":
-                self._noted[f"rewards/{name}/error_ratio"].append(table.errors.get(name, 0) / rollout.rows)
-        return rollout
+                self._noted[f"rewards/{name}/error_ratio"].append(table.errors.get(name, 0) / len(table.values))
+
+    @contextlib.contextmanager
+    def acting(self) -> Iterator[nn.Module]:
+        """The model as it samples in training."""
+        with self.timed("generation"), evaluating(self.model), self._inference(), self.sampling() as model:
+            self.actor.refresh(self)
+            yield model
+            reshard(self.model)
+
+    def sampling(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """What takes the samples to train on: to be overridden where that is not the model as it is."""
+        return contextlib.nullcontext(self.model)
 
     def score(self, rollout: Rollout, mode: str = "train") -> RewardTable:
         """The rewards of a rollout's samples. `mode`: as they were sampled, see Actor.act."""
         rewards = self.rewards_of_answers if mode == "greedy" else self.rewards
         return rewards(rollout.samples, trainer_state=self.state, group_size=rollout.group_size, mode=mode)
 
-    def _resampled(self, rollout: Rollout) -> Rollout:
-        """The round with other prompts in the place of groups that teach nothing, as far as they are found."""
-        size, world, rank = self.args.num_generations, self.args.world_size, self.args.process_index
-        groups = rollout.rows // size
-        parts, good = [rollout], [self.informative(rollout).tolist()]
-        rounds = 0
-        while rounds < self.args.max_resampling:
-            missing = torch.tensor(max(0, groups - sum(map(sum, good))), device=self.args.device)
-            if world > 1:
-                torch.distributed.all_reduce(missing, torch.distributed.ReduceOp.MAX)
-            if (most := int(missing)) == 0:
-                break
-            drawn = self.prompts.draw(most * world)
-            parts.append(self._sampled(drawn[rank * most : (rank + 1) * most], size))
-            good.append(self.informative(parts[-1]).tolist())
-            rounds += 1
-        self._noted["dynamic_sampling/rounds"].append(rounds)
-        places = [(part, group) for part, kept in enumerate(good) for group, keep in enumerate(kept) if keep]
-        idle = [(0, group) for group, keep in enumerate(good[0]) if not keep]
-        chosen = sorted([*places, *idle][:groups])
-        rows = [
-            [row for part, group in chosen if part == at for row in range(group * size, (group + 1) * size)]
-            for at in range(len(parts))
-        ]
-        joined = self.actor.join(parts, rows)
-        joined.rewards = torch.cat([part.rewards[kept] for part, kept in zip(parts, rows, strict=True)])
-        joined.extras = joined_extras(parts, rows)
-        joined.total = torch.cat([part.total[kept] for part, kept in zip(parts, rows, strict=True)])
-        return joined
-
     def _inference(self):
         """Autocast as in the model's own forward, which an engine may have wrapped elsewhere."""
         return self.accelerator.autocast()
 
     @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self._seconds[name] += time.perf_counter() - started
@@ -358,8 +346,9 @@ class OnlineTrainer(AlignTrainer):
             steps = max(1, self.state.global_step - self._logged)
             self._logged = self.state.global_step
             times = {f"time/{name}": seconds / steps for name, seconds in self._seconds.items()}
+            what = "images" if self.actor.makes_images else "tokens"
             rates = {
-                f"tokens_per_second/{name}": self._actions[name] / self._seconds[name]
+                f"{what}_per_second/{name}": self._actions[name] / self._seconds[name]
                 for name in ("generation", "update")
                 if self._seconds.get(name)
             }

@@ -39,6 +39,9 @@ class RolloutOptions(AlignOptions):
         "raise", "Where a reward fails: stop and say where, count it as 0, or as not applicable."
     )
     reward_timeout: float | None = option(None, "Seconds after which an asynchronous or remote reward has failed.")
+    async_reward_computation: bool = option(
+        False, "Score samples while the next of the round are sampled, generation_rows (unset: a micro-batch) at once."
+    )
     dynamic_sampling: bool = option(
         False, "Draw other prompts for groups whose rewards are all equal (DAPO), in max_resampling rounds at most."
     )
@@ -55,7 +58,9 @@ class RolloutOptions(AlignOptions):
 
     log_completions: bool = option(False, "Print samples with their rewards, besides the report's tables.")
     num_completions_to_print: int | None = option(8, "How many samples are printed, and kept in each table.")
-    sample_every: int = option(20, "Steps between two tables of samples in the run report; 0: none.")
+    sample_every: int = option(
+        20, "Steps between two tables of samples, and two columns of pictures, in the run report; 0: none."
+    )
 
 
 @dataclass
@@ -65,6 +70,24 @@ class UpdateOptions(RolloutOptions):
     beta: float = option(0.0, "Weight of the KL divergence to the reference model; 0 loads none.")
     epsilon: float = option(0.2, "ε, how far the ratio may fall below 1, and rise above it.")
     epsilon_high: float | None = option(None, "How far it may rise, where that differs.")
+
+
+@dataclass
+class GroupOptions(RolloutOptions):
+    """How rewards of a group are compared."""
+
+    scale_rewards: Literal["group", "batch", "none"] | bool = option(
+        "group", "Divide advantages by the standard deviation of the group, of the batch, or not. true: group."
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
+        "sum_then_normalize", "Several rewards: add, then normalise; or normalise each, then add (GDPO)."
+    )
+
+
+@dataclass
+class TokenUpdateOptions(UpdateOptions):
+    """Updates by a policy gradient whose actions are tokens."""
+
     mask_truncated_completions: bool = option(False, "Learn nothing from samples that were cut at their longest.")
     top_entropy_quantile: float = option(
         1.0, "Learn from this share of the actions only: those of highest entropy (arXiv:2506.01939)."
@@ -80,8 +103,8 @@ class UpdateOptions(RolloutOptions):
 
 
 @dataclass
-class PolicyGradientOptions(UpdateOptions):
-    """Group-relative policy gradient."""
+class PolicyGradientOptions(TokenUpdateOptions, GroupOptions):
+    """Group-relative policy gradient of tokens."""
 
     kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "Estimator of that divergence, of one action each.")
     use_bias_correction_kl: bool = option(
@@ -103,12 +126,6 @@ class PolicyGradientOptions(UpdateOptions):
     vespo_lambda_pos: float = option(3.0, "λ of vespo where the advantage is positive.")
     vespo_k_neg: float = option(3.0, "k of vespo where it is not.")
     vespo_lambda_neg: float = option(2.0, "λ of vespo where it is not.")
-    scale_rewards: Literal["group", "batch", "none"] | bool = option(
-        "group", "Divide advantages by the standard deviation of the group, of the batch, or not. true: group."
-    )
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
-        "sum_then_normalize", "Several rewards: add, then normalise; or normalise each, then add (GDPO)."
-    )
     recipe: str | None = option(
         None, "Preset with a paper's numbers, below what is given: gspo dapo dr_grpo cispo sapo luspo vespo gdpo …"
     )

@@ -34,6 +34,7 @@ class Place:
         buffer, cursor: the round under way, and the micro-batches that were handed out of it.
         random: state of the sampler's generator.
         noted: how many of each figure were noted.
+        controllers: what the trainer's `controllers` gave.
     """
 
     prompts: int
@@ -41,6 +42,7 @@ class Place:
     cursor: int
     random: Tensor
     noted: dict[str, int]
+    controllers: dict[str, Any]
 
     @classmethod
     def of(cls, trainer: OnlineTrainer) -> Self:
@@ -52,6 +54,7 @@ class Place:
             0 if buffer is None else buffer.cursor,
             trainer.random.get_state(),
             {name: len(values) for name, values in trainer._noted.items()},
+            trainer.controllers(),
         )
 
 
@@ -64,7 +67,7 @@ def save_state(trainer: OnlineTrainer, checkpoint: Path) -> None:
         "shape": {name: getattr(trainer.args, name) for name in SHAPE},
         "prompts": place.prompts,
         "random": place.random,
-        "controllers": trainer.controllers(),
+        "controllers": place.controllers,
         "alarms": trainer.alarms.state(),
         "noted": {name: trainer._noted[name][:count] for name, count in place.noted.items()},
         "sums": {name: (float(total), float(trainer._counts[name])) for name, total in trainer._sums.items()},

@@ -17,15 +17,14 @@ from shared.data.rows import Rows
 from shared.errors import UserError
 from shared.objectives.pair_losses import PER_TOKEN
 from shared.objectives.preference import PairLosses, PairObjective, Pairs, pair_objective, pairs_of, wpo_weights
-from shared.policies.base import GroupedBatch, LogProbs
-from shared.policies.token import TokenPolicy
+from shared.policies.base import GroupedBatch, LogProbs, Policy
 from shared.runtime.report import SampleRow
 from shared.trainers.answers import Answer, answer, evenly_spaced, first_set, sampled
 from shared.trainers.judging import Judge, check_columns, figure_of, load_judges, recall, remember, score, win_rate
 from shared.trainers.offline import OfflineTrainer
 from shared.trainers.reference import NoReference, Reference
 
-LEVEL = 1e-4  # rewards no further apart than this are taken for equal
+LEVEL = 1e-4  # rewards no further apart than this are taken for equal, where a trainer says no other
 ROWS_SCORED = 512  # held-out rows whose preference is told before and after training
 
 
@@ -46,7 +45,7 @@ class PreferenceTrainer(OfflineTrainer):
     """What trainers on pairs and on single answers share: the reference, what is told before and after.
 
     Args:
-        policy: the token policy around `model`.
+        policy: gives the log-probabilities of a batch's rows.
         asking: how held-out prompts are asked, for the judge.
         judges: score a generated answer; none: nothing is generated.
         ref_model: what `reference_of` is given, once the trainer, and with it the engine, is there.
@@ -58,7 +57,7 @@ class PreferenceTrainer(OfflineTrainer):
         model: nn.Module,
         args: Any,
         *,
-        policy: TokenPolicy,
+        policy: Policy,
         asking: Asking | None = None,
         judges: Sequence[Judge] = (),
         ref_model: Any = None,
@@ -81,11 +80,14 @@ class PreferenceTrainer(OfflineTrainer):
         Raises:
             UserError: options that cannot be followed.
         """
+        return self.objective_asked(args), load_judges(args.judge if judge is None else judge)
+
+    def objective_asked(self, args: Any) -> dict[str, Any]:
+        """The objective by `objective_options`. Raises UserError for options that cannot be followed."""
         try:
-            objective = self.objective_options(args)
+            return self.objective_options(args)
         except ValueError as error:  # an objective's own words for its options
             raise UserError(str(error)) from error
-        return objective, load_judges(args.judge if judge is None else judge)
 
     def reference_of(self, ref_model: Any) -> Reference:
         """The reference of this run. A trainer whose objective has one fills this in."""
@@ -103,14 +105,13 @@ class PreferenceTrainer(OfflineTrainer):
         figures = {"preference_accuracy": output.metrics["held_rewards/accuracies"]}
         if "held_logps/chosen" in output.metrics:  # pairs can be told apart while both answers become less likely
             figures["logps/chosen"] = output.metrics["held_logps/chosen"]
-        if not self.judges or self.asking is None:
-            return figures, []
-        judged, samples = self._judged()
+        judged, samples = self.judged()
         return {**figures, **judged}, samples
 
-    def _judged(self) -> tuple[dict[str, float], list[SampleRow]]:
-        questions = evenly_spaced(self.asking.questions, self.args.eval_answers)
-        if questions is None:
+    def judged(self) -> tuple[dict[str, float], list[SampleRow]]:
+        """What the judges say of answers to held-out prompts, and some of these."""
+        asked = self.asking.questions if self.judges and self.asking is not None else None
+        if (questions := evenly_spaced(asked, self.args.eval_answers)) is None:
             return {}, []
         answers = answer(self.model, questions, self.asking.encode_prompts, self.asking.tokenizer, self.args)
         prompts = [self.asking.prompt(each.row) for each in answers]
@@ -161,8 +162,14 @@ class PairedTrainer(PreferenceTrainer):
 
     Args:
         objective: the losses with their weights; see shared.objectives.preference.pair_objective.
-        As PreferenceTrainer otherwise. Batches have group_size 2, chosen before rejected.
+        As PreferenceTrainer otherwise. Rows of a batch alternate between chosen and rejected; `columns["counted"]`
+        `(P,)` says which pairs count.
+
+    Attributes:
+        level: rewards no further apart than this are taken for equal.
     """
+
+    level = LEVEL
 
     def __init__(self, model: nn.Module, args: Any, *, objective: PairObjective, **kwargs: Any):
         self.objective = objective
@@ -170,8 +177,8 @@ class PairedTrainer(PreferenceTrainer):
         self.report.units = {"loss": "per pair", "logps/chosen": "nats", "logps/rejected": "nats"}
 
     def step_counts(self, batch: GroupedBatch) -> dict[str, Tensor]:
-        chosen = batch.member(0).completion_mask.sum()
-        return {"counted": batch.counted_tokens(), "chosen_tokens": chosen, "pairs": batch.columns["counted"].sum()}
+        chosen, pairs = batch.action_mask[0::2].sum(), batch.columns["counted"].sum()
+        return {"counted": batch.counted_tokens(), "chosen_tokens": chosen, "pairs": pairs}
 
     def compute_loss(
         self,
@@ -183,14 +190,14 @@ class PairedTrainer(PreferenceTrainer):
         """This micro-batch's share of the step's mean loss of a pair, times the number of processes."""
         pairs, out = self.pairs(model, inputs)
         losses = self.objective(pairs)
-        self._record_means(_paired_sums(pairs, losses, out))
+        self._record_means(_paired_sums(pairs, losses, out, self.level))
         loss = losses.total(pairs=self.step["pairs"], tokens=self.step["chosen_tokens"]) * self.args.world_size
         return (loss, losses) if return_outputs else loss
 
     def pairs(self, model: nn.Module, batch: GroupedBatch) -> tuple[Pairs, LogProbs]:
         """Log-probabilities of the pairs that count, under policy and reference."""
         weighted = self.objective.use_weighting
-        out = self.policy.log_probs(model, batch, collision=weighted)
+        out = self.policy.log_probs(model, batch, **({"collision": True} if weighted else {}))
         free = isinstance(self.reference, NoReference)
         pairs = pairs_of(
             out.logp,
@@ -215,7 +222,7 @@ class PairedTrainer(PreferenceTrainer):
         return {
             "loss": losses.per_pair.sum(),
             "token_loss": losses.per_token.sum(),
-            **_paired_sums(pairs, losses, out),
+            **_paired_sums(pairs, losses, out, self.level),
         }
 
     def evaluation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -225,36 +232,48 @@ class PairedTrainer(PreferenceTrainer):
         return metrics
 
 
-def _paired_sums(pairs: Pairs, losses: PairLosses, out: LogProbs) -> dict[str, Tensor]:
+def _paired_sums(pairs: Pairs, losses: PairLosses, out: LogProbs, level: float) -> dict[str, Tensor]:
     chosen, rejected = losses.chosen_rewards, losses.rejected_rewards
+    correct = {}
+    if out.correct is not None:  # a token can be the likeliest one, a picture cannot
+        mask = out.mask.bool()
+        correct = {"correct": (out.correct & mask)[0::2].sum(), "tokens": mask[0::2].sum()}
     return {
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
-        "rewards/accuracies": share_above(chosen - rejected).sum(),
+        "rewards/accuracies": share_above(chosen - rejected, level).sum(),
         "rewards/margins": (chosen - rejected).sum(),
         "logps/chosen": pairs.chosen.detach().sum(),
         "logps/rejected": pairs.rejected.detach().sum(),
         **{f"loss/{name}": term.sum() for name, term in losses.terms.items()},
         "rows": torch.tensor(pairs.chosen.shape[0], device=chosen.device),
         "chosen_tokens": pairs.chosen_tokens.sum(),
-        "correct": (out.correct & out.mask.bool())[0::2].sum(),
-        "tokens": out.mask[0::2].sum(),
+        **correct,
     }
 
 
-def share_above(differences: Tensor) -> Tensor:
+def share_above(differences: Tensor, level: float = LEVEL) -> Tensor:
     """1 where positive, 0 where negative, ½ where level: before training, policy and reference differ by rounding."""
-    return (differences > LEVEL).float() + 0.5 * (differences.abs() <= LEVEL)
+    return (differences > level).float() + 0.5 * (differences.abs() <= level)
 
 
 def dpo_objective(args: Any) -> PairObjective:
-    """The objective of the DPO family that PairLossOptions with a `beta` ask for.
+    """The objective of the DPO family that AnswerLossOptions with a `beta` ask for.
 
     Raises:
         UserError, ValueError: options that are unknown or out of range.
     """
     if args.ld_alpha is not None and not 0 <= args.ld_alpha <= 1:
         raise UserError(f"ld_alpha {args.ld_alpha}: must be at least 0 and at most 1 (plain DPO).")
+    return paired_objective(args, use_weighting=args.use_weighting)
+
+
+def paired_objective(args: Any, **more: Any) -> PairObjective:
+    """The objective that PairLossOptions with a `beta` ask for, whatever the two answers of a pair are.
+
+    Raises:
+        ValueError: options that are unknown or out of range.
+    """
     return pair_objective(
         args.loss_type,
         args.loss_weights,
@@ -263,7 +282,7 @@ def dpo_objective(args: Any) -> PairObjective:
         discopop_tau=args.discopop_tau,
         f_divergence=args.f_divergence_type,
         f_alpha=args.f_alpha_divergence_coef,
-        use_weighting=args.use_weighting,
+        **more,
     )
 
 

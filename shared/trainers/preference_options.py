@@ -58,6 +58,12 @@ class PairLossOptions(AlignOptions):
     )
     f_alpha_divergence_coef: float = option(0.5, "α of the alpha divergence.")
     discopop_tau: float = option(0.05, "Temperature of the discopop objective.")
+
+
+@dataclass
+class AnswerLossOptions(PairLossOptions):
+    """Losses of the DPO family on answers, which are made of tokens."""
+
     ld_alpha: float | None = option(
         None, "Weight of the tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411). Unset: 1."
     )

@@ -12,8 +12,9 @@ Moving a reference while training: shared.trainers.reference_sync; running it on
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,9 +24,8 @@ from torch import Tensor, nn
 
 from shared.builtin import is_builtin
 from shared.errors import UserError
-from shared.policies.base import GroupedBatch
+from shared.policies.base import ActionBatch, Policy
 from shared.policies.prefix import evaluating
-from shared.policies.token import TokenPolicy
 from shared.runtime.fsdp import reshard
 from shared.runtime.references import create_reference_model, frozen
 from shared.trainers.reference_adapter import (
@@ -51,7 +51,7 @@ class Reference:
 
     synced = False
 
-    def log_probs(self, model: nn.Module, batch: GroupedBatch) -> Tensor:
+    def log_probs(self, model: nn.Module, batch: ActionBatch) -> Tensor:
         """Log-probabilities of the completions' tokens.
 
         Args:
@@ -63,12 +63,21 @@ class Reference:
         """
         raise NotImplementedError
 
+    def running(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """What is run for the reference's own answers, ready for it and without gradient, for a while.
+
+        Args:
+            model: the policy's model as the engine wraps it.
+        """
+        raise NotImplementedError
+
 
 class NoReference(Reference):
     """Zeros: an objective with no reference, or one that takes every answer to be equally likely at first."""
 
-    def log_probs(self, model: nn.Module, batch: GroupedBatch) -> Tensor:
-        return torch.zeros(batch.completion_mask.shape, device=batch.completion_ids.device)
+    def log_probs(self, model: nn.Module, batch: ActionBatch) -> Tensor:
+        mask = batch.action_mask
+        return torch.zeros(mask.shape, device=mask.device)
 
 
 class Cached(Reference):
@@ -77,7 +86,7 @@ class Cached(Reference):
     KL pairs have none: of a batch with them, ask for `batch.member(0)`.
     """
 
-    def log_probs(self, model: nn.Module, batch: GroupedBatch) -> Tensor:
+    def log_probs(self, model: nn.Module, batch: ActionBatch) -> Tensor:
         if "ref_logp" not in batch.columns:
             raise UserError(
                 "These rows have no reference log-probabilities: with precompute_ref_log_probs the reference was run "
@@ -97,14 +106,18 @@ class AdapterOff(Reference):
             training is its own reference.
     """
 
-    def __init__(self, policy: TokenPolicy, adapter: str | None = None):
+    def __init__(self, policy: Policy, adapter: str | None = None):
         self.policy = policy
         self.adapter = adapter
 
-    @torch.no_grad()
-    def log_probs(self, model: nn.Module, batch: GroupedBatch) -> Tensor:
-        with evaluating(model), adapter_in_use(unwrapped(model), self.adapter):
+    def log_probs(self, model: nn.Module, batch: ActionBatch) -> Tensor:
+        with self.running(model):
             return self.policy.log_probs(model, batch).logp.float()
+
+    @contextlib.contextmanager
+    def running(self, model: nn.Module) -> Iterator[nn.Module]:
+        with torch.no_grad(), evaluating(model), adapter_in_use(unwrapped(model), self.adapter):
+            yield model
 
 
 class FrozenCopy(Reference):
@@ -113,23 +126,25 @@ class FrozenCopy(Reference):
     Args:
         model: the reference model, in the type that it was loaded in; it is frozen in place.
         accelerator: of the trainer.
-        policy: the trainer's policy, whose temperature is taken.
+        policy: the trainer's policy, which gives the one around this model.
         share_prefix: run each prompt once for its completions, as the policy does.
     """
 
-    def __init__(self, model: nn.Module, *, accelerator: Accelerator, policy: TokenPolicy, share_prefix: bool = True):
-        temperature = policy.transform.temperature
-        self.policy = TokenPolicy(frozen(model), temperature=temperature, share_prefix=share_prefix)
+    def __init__(self, model: nn.Module, *, accelerator: Accelerator, policy: Policy, share_prefix: bool = True):
+        self.policy = policy.around(frozen(model), share_prefix=share_prefix)
         self.accelerator = accelerator
         self.model = _prepared(model, accelerator)
 
-    @torch.no_grad()
-    def log_probs(self, model: nn.Module, batch: GroupedBatch) -> Tensor:
-        with self.accelerator.autocast():
-            logp = self.policy.log_probs(self.model, batch).logp.float()
+    def log_probs(self, model: nn.Module, batch: ActionBatch) -> Tensor:
+        with self.running(model) as own:
+            return self.policy.log_probs(own, batch).logp.float()
+
+    @contextlib.contextmanager
+    def running(self, model: nn.Module) -> Iterator[nn.Module]:
+        with torch.no_grad(), self.accelerator.autocast():
+            yield self.model
         if self.accelerator.is_fsdp2:
             reshard(self.model)
-        return logp
 
 
 def make_reference(
@@ -137,7 +152,7 @@ def make_reference(
     ref_model: nn.Module | str | None = None,
     *,
     accelerator: Accelerator,
-    policy: TokenPolicy,
+    policy: Policy,
     load: Load | None = None,
     name: str | None = None,
     share_prefix: bool = True,
@@ -147,6 +162,7 @@ def make_reference(
     beforehand: bool = False,
     precomputed: bool = False,
     needed: bool = True,
+    adapter: str = REFERENCE_ADAPTER,
 ) -> Reference:
     """The reference for a model, by the table at the head of this module. To be called before training prepares it.
 
@@ -163,6 +179,7 @@ def make_reference(
         beforehand: it is run before training alone: a model that is its own reference is then not copied.
         precomputed: the rows hold its log-probabilities already: no model is loaded.
         needed: False where the objective has no reference.
+        adapter: the name of the second adapter, where one is needed.
 
     Raises:
         UserError: options that exclude each other, a reference that cannot be had under this engine, or a model with
@@ -183,7 +200,7 @@ def make_reference(
         return Cached()
     check_engine(accelerator, num_shared_layers=num_shared_layers, load_in_8bit=load_in_8bit, synced=synced)
     if hasattr(model, "peft_config") and ref_model is None:
-        reference = _adapter_off(model, policy, synced, beforehand)
+        reference = _adapter_off(model, policy, synced, beforehand, adapter)
     elif beforehand and ref_model is None and not load_in_8bit:
         return AdapterOff(policy)
     else:
@@ -208,18 +225,18 @@ def check_engine(
         raise UserError("sync_ref_model does not work with FSDP 1: use FSDP 2 (--accelerate_config fsdp2) or ZeRO.")
 
 
-def _adapter_off(model: Any, policy: TokenPolicy, synced: bool, beforehand: bool) -> AdapterOff:
+def _adapter_off(model: Any, policy: Policy, synced: bool, beforehand: bool, name: str) -> AdapterOff:
     """The model with an adapter as its own reference."""
     check_can_be_switched(model, trains_nothing_else=not beforehand)
-    if REFERENCE_ADAPTER in model.peft_config:
-        keep_out_of_training(model)
+    if name in model.peft_config:
+        keep_out_of_training(model, name)
     elif not synced and adds_nothing(model):
         return AdapterOff(policy)
     elif beforehand:
         return AdapterOff(policy, trained_adapter(model))  # nothing has changed it yet
     else:
-        add_reference_adapter(model)
-    return AdapterOff(policy, REFERENCE_ADAPTER)
+        add_reference_adapter(model, name)
+    return AdapterOff(policy, name)
 
 
 def _reference_model(

@@ -43,7 +43,7 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """An adapter's parameters and buffers, by their names with a star for the adapter's."""
     found = {}
     for path, container in model.named_modules():  # PEFT keeps what is an adapter's in dicts with its name as key
-        if not hasattr(container, "keys") or adapter not in container:
+        if not hasattr(type(container), "keys") or adapter not in container:
             continue
         item = container[adapter]
         if isinstance(item, Tensor):
@@ -105,8 +105,8 @@ def adds_nothing(model: Any) -> bool:
     return True
 
 
-def add_reference_adapter(model: Any) -> None:
-    """Copy the trained adapter, as it is now, into a frozen one named "reference"."""
+def add_reference_adapter(model: Any, name: str = REFERENCE_ADAPTER) -> None:
+    """Copy the trained adapter, as it is now, into a frozen one of another name."""
     adapter = trained_adapter(model)
     config = copy.deepcopy(model.peft_config[adapter])
     config.inference_mode = True
@@ -114,27 +114,27 @@ def add_reference_adapter(model: Any) -> None:
         config.init_lora_weights = True  # others take the base's weights apart a second time
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     with preserved_randomness():
-        model.add_adapter(REFERENCE_ADAPTER, config)
+        model.add_adapter(name, config)
     with torch.no_grad():
         source = adapter_tensors(model, adapter)
-        for name, tensor in adapter_tensors(model, REFERENCE_ADAPTER).items():
-            tensor.data = source[name].detach().clone()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained.get(name, False))
-    keep_out_of_training(model)
+        for place, tensor in adapter_tensors(model, name).items():
+            tensor.data = source[place].detach().clone()
+    for place, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.get(place, False))
+    keep_out_of_training(model, name)
 
 
-def keep_out_of_training(model: Any) -> None:
-    """Freeze the adapter named "reference", and leave it out where the model is saved."""
-    for tensor in adapter_tensors(model, REFERENCE_ADAPTER).values():
+def keep_out_of_training(model: Any, name: str = REFERENCE_ADAPTER) -> None:
+    """Freeze the adapter of that name, and leave it out where the model is saved."""
+    for tensor in adapter_tensors(model, name).values():
         tensor.requires_grad_(False)
-    model.save_pretrained = types.MethodType(_without_reference(type(model).save_pretrained), model)
+    model.save_pretrained = types.MethodType(_without(name, model.save_pretrained.__func__), model)
 
 
-def _without_reference(plain):
+def _without(name: str, plain):
     @functools.wraps(plain)
     def save_pretrained(self: Any, save_directory: str, *args: Any, selected_adapters=None, **kwargs: Any):
-        selected = selected_adapters or [name for name in self.peft_config if name != REFERENCE_ADAPTER]
+        selected = [each for each in selected_adapters or self.peft_config if each != name]
         return plain(self, save_directory, *args, selected_adapters=selected, **kwargs)
 
     return save_pretrained

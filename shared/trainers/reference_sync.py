@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from shared.errors import UserError
 from shared.trainers.reference import AdapterOff, FrozenCopy, Reference, unwrapped
-from shared.trainers.reference_adapter import REFERENCE_ADAPTER, adapter_tensors, gathered, trained_adapter
+from shared.trainers.reference_adapter import adapter_tensors, gathered, trained_adapter
 from shared.trainers.reference_checks import check_moves
 
 REFERENCE_FILE = "reference.safetensors"
@@ -74,7 +74,9 @@ class SyncReference(TrainerCallback):
 
 
 @torch.no_grad()
-def save_reference(policy_model: nn.Module, reference: Reference, folder: str | Path, *, writes: bool) -> None:
+def save_reference(
+    policy_model: nn.Module, reference: Reference, folder: str | Path, *, writes: bool, file: str = REFERENCE_FILE
+) -> None:
     """Write a reference that is moved beside a checkpoint; nothing for one that stays as it was at the start.
 
     Args:
@@ -82,6 +84,7 @@ def save_reference(policy_model: nn.Module, reference: Reference, folder: str | 
         reference: the trainer's reference.
         folder: the checkpoint.
         writes: whether this process writes. All processes call it together, since weights may be cut up.
+        file: its name there.
     """
     if not reference.synced:
         return
@@ -92,11 +95,13 @@ def save_reference(policy_model: nn.Module, reference: Reference, folder: str | 
             if writes:
                 held[name] = whole.detach().to("cpu", copy=True).contiguous()
     if writes:
-        save_file(held, Path(folder) / REFERENCE_FILE)
+        save_file(held, Path(folder) / file)
 
 
 @torch.no_grad()
-def load_reference(policy_model: nn.Module, reference: Reference, folder: str | Path) -> None:
+def load_reference(
+    policy_model: nn.Module, reference: Reference, folder: str | Path, *, file: str = REFERENCE_FILE
+) -> None:
     """Put back a reference that was moved, from a checkpoint. All processes call it together.
 
     Raises:
@@ -104,9 +109,9 @@ def load_reference(policy_model: nn.Module, reference: Reference, folder: str | 
     """
     if not reference.synced:
         return
-    path = Path(folder) / REFERENCE_FILE
+    path = Path(folder) / file
     if not path.is_file():
-        raise UserError(f"{folder} holds no {REFERENCE_FILE}: it was written by a run without sync_ref_model.")
+        raise UserError(f"{folder} holds no {file}: it was written by a run without a reference that moves.")
     targets = _weights(policy_model, reference)
     with safe_open(path, framework="pt") as file:
         if set(file.keys()) != set(targets):
@@ -125,8 +130,8 @@ def _weights(policy_model: nn.Module, reference: Reference) -> dict[str, Tensor]
     """The reference's own tensors: an adapter's, or a model's parameters."""
     if isinstance(reference, FrozenCopy) and reference.synced:
         return dict(unwrapped(reference.model).named_parameters())
-    if isinstance(reference, AdapterOff) and reference.adapter == REFERENCE_ADAPTER:
-        return adapter_tensors(unwrapped(policy_model), REFERENCE_ADAPTER)
+    if isinstance(reference, AdapterOff) and reference.synced and reference.adapter is not None:
+        return adapter_tensors(unwrapped(policy_model), reference.adapter)
     raise UserError("This reference is not made to be moved: make it with make_reference(…, synced=True).")
 
 

@@ -12,12 +12,12 @@ from shared.trainers.reference import Cached, Reference, check_engine, make_refe
 from shared.trainers.reference_beforehand import config_of, run_beforehand
 from shared.trainers.reference_cache import precompute
 from shared.trainers.reference_checks import check_reference_asked, check_run_beforehand
-from shared.trainers.reference_options import ReferenceModelOptions
+from shared.trainers.reference_options import WholeReferenceOptions
 from shared.trainers.reference_sync import SyncReference, load_reference, save_reference
 
 
 class Referenced:
-    """Mixed into a trainer with ReferenceModelOptions; it makes, moves, saves and restores the reference.
+    """Mixed into a trainer with WholeReferenceOptions; it makes, moves, saves and restores the reference.
 
     Attributes:
         loaded_from: the name that the trainer's model was loaded by; None for a model given as such.
@@ -28,7 +28,7 @@ class Referenced:
     reference_given: str | nn.Module | None = None
 
     def take_reference(
-        self, model: Any, ref_model: Any, args: ReferenceModelOptions, *, train_dataset: Any, peft_config: Any
+        self, model: Any, ref_model: Any, args: WholeReferenceOptions, *, train_dataset: Any, peft_config: Any
     ) -> None:
         """Check what is asked for, and remember it; to be called before rows are read and the model is loaded.
 
@@ -51,8 +51,13 @@ class Referenced:
         if beforehand:
             check_run_beforehand(train_dataset, args.precompute_ref_batch_size)
         if isinstance(ref_model, str):
-            config_of(ref_model, args)
+            self.check_reference_is_there(ref_model, args)
         self.reference_given = ref_model
+
+    @staticmethod
+    def check_reference_is_there(name: str, args: WholeReferenceOptions) -> None:
+        """Raise UserError unless there is a model of that name; none of its weights is loaded."""
+        config_of(name, args)
 
     def load_reference(self, name: str, **options: Any) -> nn.Module:
         """A reference model by its name, frozen; `options` are more for `from_pretrained`."""
@@ -98,7 +103,7 @@ class Referenced:
             policy=self.policy,
             load=self.load_reference,
             name=self.loaded_from,
-            share_prefix=self.args.share_prefix,
+            share_prefix=getattr(self.args, "share_prefix", True),
             synced=self.args.sync_ref_model,
             beforehand=beforehand,
             **self._reference_options,
@@ -117,6 +122,6 @@ class Referenced:
         load_reference(self.model, self.reference, checkpoint)
 
 
-def _beforehand(args: ReferenceModelOptions) -> bool:
+def _beforehand(args: WholeReferenceOptions) -> bool:
     """Whether the reference is run once, before training; of an online trainer's rows there are none to run it on."""
     return bool(getattr(args, "precompute_ref_log_probs", False))

@@ -66,6 +66,8 @@ class Actor(Protocol):
     """A modality's side of an online trainer."""
 
     exact: bool  # the log-probabilities of its samples are in the trainer's own numerics
+    unit: str  # what an action is: `token` or `step`
+    makes_images: bool  # a sample's output is an image tensor `(3, H, W)` in [0, 1]
 
     def act(
         self,
@@ -121,7 +123,7 @@ class Actor(Protocol):
         ...
 
     def shown(self, sample: Sample) -> tuple[list[Any], str, str]:
-        """Images, prompt and output of a sample, for the report."""
+        """Images, prompt and output of a sample, for the report; an output that is an image is an empty text."""
         ...
 
 

@@ -99,6 +99,8 @@ class TokenActor:
         pad_to_multiple_of: widths of completions are a multiple of so many tokens.
     """
 
+    unit, makes_images = "token", False
+
     def __init__(
         self,
         encoder: PromptEncoder,

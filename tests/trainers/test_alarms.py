@@ -109,6 +109,35 @@ def test_rewards_without_spread_tell_the_mean_reward() -> None:
     assert not told(Alarms(LIMITS), "frac_reward_zero_std", [0.9] * 10)
 
 
+def diversity(alarms: Alarms, values, rewards, *, first: int = 1) -> dict[int, str]:
+    """Step -> text of the alarms on the diversity of samples."""
+    logs = [{"sample_diversity": value, "reward": reward} for value, reward in zip(values, rewards, strict=True)]
+    texts = {step: alarms.check(step, log) for step, log in enumerate(logs, start=first)}
+    return {step: text[0] for step, text in texts.items() if text}
+
+
+def test_samples_that_become_alike_while_the_reward_rises_are_over_optimised() -> None:
+    limits = AlarmLimits(diversity_patience=2)
+    values = [1.0, 1.0, 1.0, 0.8, 0.6, 0.45, 0.4, 0.35, 0.35]
+    alarms = Alarms(limits)
+    found = diversity(alarms, values, [0.5, 0.5, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9])
+    assert list(found) == [7] and alarms.active == ["over_optimisation"]
+    assert found[7].startswith("Step 7: over-optimisation: samples differ 40 % as much as at the start")
+    assert "reward rose from 0.5 to 0.9" in found[7] and "learning rate" in found[7]
+    assert not diversity(Alarms(limits), values, [0.5] * 9)  # nothing is gained by it: no over-optimisation
+    assert not diversity(Alarms(limits), [1.0] * 3 + [0.55] * 6, [0.5] * 3 + [0.9] * 6)
+
+
+def test_samples_that_are_all_one_have_collapsed_whatever_the_reward() -> None:
+    alarms = Alarms(AlarmLimits(diversity_patience=2))
+    found = diversity(alarms, [1.0, 1.0, 1.0, 0.1, 0.1, 0.1], [0.5, 0.5, 0.5, 0.4, 0.4, 0.4])
+    assert list(found) == [5] and "collapse: samples differ 10 %" in found[5] and "rose" not in found[5]
+    alarms = Alarms(AlarmLimits(diversity_patience=2))
+    found = diversity(alarms, [1.0, 0.75, 0.29, 0.1, 0.1, 0.1, 0.1], [0.5, 0.7, 0.8, 0.8, 0.8, 0.8, 0.8])
+    assert list(found) == [5] and "collapse" in found[5] and "rose from 0.5 to 0.8" in found[5]  # and nothing more
+    assert not told(Alarms(AlarmLimits(diversity_patience=2)), "sample_diversity", [math.nan] * 9)
+
+
 def test_several_alarms_can_be_told_at_one_step() -> None:
     alarms = Alarms(AlarmLimits(patience=1))
     texts = alarms.check(1200, {"loss": math.nan, "entropy": 0.0, "kl": 5.0, "frac_reward_zero_std": 1.0})
@@ -150,6 +179,12 @@ def test_a_resumed_run_tells_the_same(cut: int) -> None:
 def test_limits_can_be_turned_off_and_are_checked() -> None:
     off = AlarmLimits(patience=1, clipped_ratio=math.inf, entropy_floor=0.0, entropy_share=0.0)
     assert Alarms(off).check(1, {"completions/clipped_ratio": 1.0, "entropy": 0.0}) == []
-    for wrong in ({"patience": 0}, {"entropy_share": -0.1}, {"kl_bound": math.nan}, {"kl_window": 0}):
+    for wrong in (
+        {"patience": 0},
+        {"entropy_share": -0.1},
+        {"kl_bound": math.nan},
+        {"kl_window": 0},
+        {"diversity_patience": 0},
+    ):
         with pytest.raises(UserError, match=next(iter(wrong))):
             AlarmLimits(**wrong)
