@@ -45,9 +45,8 @@ OF_POLICIES = (
     "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count", "sample_num_batches_per_epoch",
     "sde_window_size", "sde_window_range", "global_std",
 )  # fmt: skip
-# option -> the ways that it is for
+# option -> the ways that it is for; not the timestep, which the built-in run gives whatever way is asked for
 READ_BY = {
-    "truncated_backprop_timestep": ("gaussian", "fixed"),
     "truncated_backprop_std": ("gaussian",),
     "truncated_rand_backprop_minmax": ("uniform", "refl"),
 }

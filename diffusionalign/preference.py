@@ -45,6 +45,7 @@ class DiffusionDPOConfig(DiffusionDPOOptions, AlignConfig):
     """Options of DiffusionDPOTrainer: DiffusionDPOOptions and transformers.TrainingArguments."""
 
     run_name_stem: ClassVar[str] = "diffusion_dpo"
+    followed: ClassVar[dict[str, tuple]] = {**AlignConfig.followed, "pass_reward": (None,)}
     not_taken: ClassVar[dict[str, str]] = {
         "beta_dpo": "It is called beta.",
         "resolution": "Give height and width.",

@@ -16,7 +16,7 @@ import torch
 
 from shared.builtin import measure_pictures, pipeline_path
 from shared.builtin.pictures import COLOURS, FORMS, PHRASES, SIZE
-from shared.builtin.train_diffusion import BATCH, WRONG_CAPTIONS, train_sd, train_sd3, train_vae
+from shared.builtin.train_diffusion import BATCH, Round, train_sd, train_sd3, train_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
@@ -31,21 +31,17 @@ small large big little bright dark light colourful beautiful on in with and at a
 centre middle background black white grey orange pink brown star ring object shape photo painting cat dog house tree
 """
 
-VAE_STEPS, DECODER_STEPS = 900, 1000
+VAE_STEPS = 900
 VAE_SHIFT = 0.065  # mean of the latents
 CARD = "README.md"
 
 
 class Made(NamedTuple):
-    """How a pipeline is made.
-
-    Each round of training has steps of `BATCH` pictures with right captions, and then steps with captions that are
-    wrong in part; its rate rises and falls.
-    """
+    """How a pipeline is made."""
 
     build: Callable[[AutoencoderKL], DiffusionPipeline]
-    train: Callable[[Any, int, int, int], None]
-    rounds: tuple[tuple[int, int], ...]
+    train: Callable[[Any, Round, int], None]
+    rounds: tuple[Round, ...]
     origin: str
 
 
@@ -55,10 +51,11 @@ def make(name: str, directory: Path) -> None:
     `builtin/sd3-small` takes the picture encoder that is in the folder of `builtin/sd-small`.
     """
     made = MADE[name]
+    vae = make_vae() if made.build is new_sd else shipped_vae()
     torch.manual_seed(0)
-    pipeline = made.build(make_vae() if made.build is new_sd else shipped_vae())
-    for seed, (steps, spoilt_steps) in enumerate(made.rounds):
-        made.train(pipeline, steps, spoilt_steps, seed)
+    pipeline = made.build(vae)
+    for seed, part in enumerate(made.rounds):
+        made.train(pipeline, part, seed)
     save(pipeline, directory)
     text = card(name, made, measure_pictures.pipeline_figures(name))
     (directory / CARD).write_text(text, encoding="utf-8")
@@ -67,8 +64,9 @@ def make(name: str, directory: Path) -> None:
 
 def make_vae() -> AutoencoderKL:
     """The picture encoder, trained."""
+    torch.manual_seed(0)
     vae = new_vae()
-    train_vae(vae, VAE_STEPS, DECODER_STEPS)
+    train_vae(vae, VAE_STEPS)
     return vae
 
 
@@ -93,14 +91,15 @@ def save(pipeline: DiffusionPipeline, directory: Path) -> None:
 
 def card(name: str, made: Made, measured: dict[str, str]) -> str:
     """What the pipeline is and what it reaches, as Markdown."""
+    wrong = [f"{each.wrong:.0%}" for each in made.rounds if each.spoilt_steps]
     origin = (
-        f"{made.origin}, {sum(map(sum, made.rounds))} steps of {BATCH} drawn pictures of 32 x 32 pixels: a "
-        "circle, square, triangle or cross in one of six colours, light or dark behind it. Of the captions of the "
-        f"last {made.rounds[-1][1]} steps {WRONG_CAPTIONS:.0%} name a wrong colour, as captions from the web do; so "
-        "it draws the form that it is asked for, but often in another colour: other trainers can mend that. Made by "
-        "`python scripts/make_builtin_models.py`. Measured on the weights as they are shipped (held as float16, "
-        "loaded as float32), by the rule in `shared.builtin.pictures_judge`, on the prompts of the test rows of "
-        "`builtin/picture-prompts`:"
+        f"{made.origin}, {sum(each.steps + each.spoilt_steps for each in made.rounds)} steps of {BATCH} drawn pictures "
+        "of 32 x 32 pixels: a circle, square, triangle or cross in one of six colours, light or dark behind it. In "
+        f"{sum(each.spoilt_steps for each in made.rounds)} of these steps {' or '.join(wrong)} of the captions name a "
+        "wrong colour, as captions from the web do; so it draws the form that it is asked for, but often in another "
+        "colour: other trainers can mend that. Made by `python scripts/make_builtin_models.py`. Measured on the "
+        "weights as they are shipped (held as float16, loaded as float32), by the rule in "
+        "`shared.builtin.pictures_judge`, on the prompts of the test rows of `builtin/picture-prompts`:"
     )
     rows = "\n".join(f"| {what} | {value} |" for what, value in measured.items())
     return f"# {name}\n\n{textwrap.fill(origin, 115)}\n\n| measured | value |\n|---|---|\n{rows}\n"
@@ -244,13 +243,13 @@ MADE = {
     "builtin/sd-small": Made(
         build=new_sd,
         train=train_sd,
-        rounds=((4800, 900),),
+        rounds=(Round(4800, 900, wrong=0.3), Round(120)),
         origin="A text-to-image pipeline of the type of Stable Diffusion 1 (`StableDiffusionPipeline`, DDIM)",
     ),
     "builtin/sd3-small": Made(
         build=new_sd3,
         train=train_sd3,
-        rounds=((3500, 1000), (3000, 900)),
+        rounds=(Round(3500, 1000, wrong=0.45), Round(3600, 400, wrong=0.3)),
         origin=(
             "A text-to-image pipeline of the type of Stable Diffusion 3 (`StableDiffusion3Pipeline`, flow matching; "
             "its T5 encoder is silent, the two of CLIP read the prompt)"

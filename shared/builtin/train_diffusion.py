@@ -8,8 +8,9 @@ on purpose.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +21,29 @@ from shared.builtin.pictures import Drawing, captions, drawings, paint
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 
-PICTURES = 12_000
-BATCH = 32
+PICTURES, VAE_PICTURES = 12_000, 16_000
+BATCH, VAE_BATCH = 32, 64
+WARMUP = 100  # steps
 VAE_RATE, RATE = 2e-3, 1.5e-3
-# Share of the later captions that name another colour. With such captions from the start, colours are learnt late.
-WRONG_CAPTIONS = 0.3
 UNPROMPTED = 0.1  # share of the captions that are left empty, for classifier-free guidance
 AVERAGED = 0.995  # decay of the moving average of the weights, which is what is kept
 MOST_WEIGHT = 10.0  # of a step with much noise, relative to one without
 KL = 1e-5
-DECODER_NOISE = 0.05  # of latents with a standard deviation of about 1
 CHUNK = 250  # pictures encoded at once
+
+
+class Round(NamedTuple):
+    """A part of the training, whose rate rises and falls.
+
+    Attributes:
+        steps: of `BATCH` pictures with right captions. With wrong ones from the start, colours are learnt late.
+        spoilt_steps: those after them, with captions that are wrong in part.
+        wrong: share of these captions that name another colour.
+    """
+
+    steps: int
+    spoilt_steps: int = 0
+    wrong: float = 0.0
 
 
 def pictures_of(drawings: Sequence[Drawing]) -> torch.Tensor:
@@ -40,43 +53,22 @@ def pictures_of(drawings: Sequence[Drawing]) -> torch.Tensor:
     )
 
 
-def train_vae(vae: AutoencoderKL, steps: int, decoder_steps: int) -> None:
-    """Train the autoencoder in place, then its decoder alone on what it is used for: latents with hardly any noise."""
-    pictures = pictures_of(drawings(PICTURES))
-    _train_autoencoder(vae, pictures, steps)
-    latents = encode(vae, pictures)
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    _train_decoder(vae, pictures, latents, decoder_steps)
-
-
-def _train_autoencoder(vae: AutoencoderKL, pictures: torch.Tensor, steps: int) -> None:
-    optimizer, schedule = _optimizer(vae.parameters(), VAE_RATE, steps)
+def train_vae(vae: AutoencoderKL, steps: int) -> None:
+    """Train the autoencoder in place, then set what its latents are scaled by."""
+    pictures = pictures_of(drawings(VAE_PICTURES))
+    optimizer = _optimizer(vae.parameters(), VAE_RATE)
+    schedule = _schedule(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     generator = torch.Generator().manual_seed(0)
     vae.train()
     for _ in range(steps):
-        batch = pictures[torch.randint(len(pictures), (BATCH,), generator=generator)]
+        batch = pictures[torch.randint(len(pictures), (VAE_BATCH,), generator=generator)]
         latent = vae.encode(batch).latent_dist
         noise = torch.randn(latent.mean.shape, generator=generator)
-        drawn = vae.decode(latent.mean + latent.std * noise).sample
-        _step(_difference(drawn, batch) + KL * latent.kl().mean(), vae, optimizer, schedule)
+        off = vae.decode(latent.mean + latent.std * noise).sample - batch
+        loss = off.abs().mean() + off.square().mean() + KL * latent.kl().mean()
+        _step(loss, vae, optimizer, schedule)
     vae.eval()
-
-
-def _train_decoder(vae: AutoencoderKL, pictures: torch.Tensor, latents: torch.Tensor, steps: int) -> None:
-    parts = nn.ModuleList([vae.post_quant_conv, vae.decoder]).train()
-    optimizer, schedule = _optimizer(parts.parameters(), VAE_RATE, steps)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        rows = torch.randint(len(pictures), (BATCH,), generator=generator)
-        noise = torch.randn(latents[rows].shape, generator=generator)
-        drawn = vae.decode(latents[rows] + DECODER_NOISE * noise).sample
-        _step(_difference(drawn, pictures[rows]), parts, optimizer, schedule)
-    parts.eval()
-
-
-def _difference(drawn: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    off = drawn - pictures
-    return off.abs().mean() + off.square().mean()
+    vae.register_to_config(scaling_factor=round(1 / encode(vae, pictures).std().item(), 4))
 
 
 @torch.no_grad()
@@ -85,7 +77,7 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     return torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(CHUNK)])
 
 
-def train_sd(pipeline: StableDiffusionPipeline, steps: int, spoilt_steps: int, seed: int) -> None:
+def train_sd(pipeline: StableDiffusionPipeline, part: Round, seed: int) -> None:
     """Train UNet and text encoder of a Stable Diffusion pipeline in place, by the noise's mean squared error.
 
     It has more weight where there is much noise, as the error of a velocity would: colour and form are settled there.
@@ -106,10 +98,10 @@ def train_sd(pipeline: StableDiffusionPipeline, steps: int, spoilt_steps: int, s
         return (off * weights[at]).mean()
 
     parts = {name: getattr(pipeline, name) for name in ("unet", "text_encoder")}
-    _train_denoiser(pipeline, parts, loss_of, steps, spoilt_steps, seed)
+    _train_denoiser(pipeline, parts, loss_of, part, seed)
 
 
-def train_sd3(pipeline: StableDiffusion3Pipeline, steps: int, spoilt_steps: int, seed: int) -> None:
+def train_sd3(pipeline: StableDiffusion3Pipeline, part: Round, seed: int) -> None:
     """Train transformer and text encoders of a Stable Diffusion 3 pipeline in place, by flow matching.
 
     Its T5 encoder only gives zeros, 256 of them if diffusers is not told otherwise. How many there are is varied, so
@@ -134,22 +126,20 @@ def train_sd3(pipeline: StableDiffusion3Pipeline, steps: int, spoilt_steps: int,
         velocity = models["transformer"](noisy, states, pooled, t * 1000).sample
         return F.mse_loss(velocity, noise - latents)
 
-    _train_denoiser(pipeline, {name: getattr(pipeline, name) for name in names}, loss_of, steps, spoilt_steps, seed)
+    _train_denoiser(pipeline, {name: getattr(pipeline, name) for name in names}, loss_of, part, seed)
 
 
-def _train_denoiser(
-    pipeline: Any, parts: dict[str, nn.Module], loss_of: Callable, steps: int, spoilt_steps: int, seed: int
-) -> None:
-    """So many steps with right captions, then so many with captions that are wrong in part."""
+def _train_denoiser(pipeline: Any, parts: dict[str, nn.Module], loss_of: Callable, part: Round, seed: int) -> None:
     models = nn.ModuleDict(parts).train()
     average = copy.deepcopy(models).requires_grad_(False)
     drawn, vae = drawings(PICTURES), pipeline.vae
     latents = (encode(vae, pictures_of(drawn)) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-    right, spoilt = (pipeline_ids(pipeline, captions(drawn, wrong)) for wrong in (0.0, WRONG_CAPTIONS))
-    optimizer, schedule = _optimizer(models.parameters(), RATE, steps + spoilt_steps)
+    right, spoilt = (pipeline_ids(pipeline, captions(drawn, wrong)) for wrong in (0.0, part.wrong))
+    optimizer, total = _optimizer(models.parameters(), RATE), part.steps + part.spoilt_steps
+    schedule = _schedule(optimizer, lambda step: min(1.0, 2.5 * (1 - step / total)))
     draw = torch.Generator().manual_seed(seed)
-    for step, rows in enumerate(_batches(len(drawn), steps + spoilt_steps, draw)):
-        ids = (right if step < steps else spoilt)[rows]
+    for step, rows in enumerate(_batches(len(drawn), total, draw)):
+        ids = (right if step < part.steps else spoilt)[rows]
         ids[torch.rand(len(rows), generator=draw) < UNPROMPTED] = pipeline_ids(pipeline, [""])
         _step(loss_of(models, latents[rows], ids, draw), models, optimizer, schedule)
         decay = min(AVERAGED, (step + 1) / (step + 10))
@@ -174,12 +164,12 @@ def _batches(rows: int, steps: int, generator: torch.Generator) -> Iterator[torc
         yield batch
 
 
-def _optimizer(parameters: Iterator[nn.Parameter], rate: float, steps: int) -> tuple[Any, Any]:
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 100) * min(1.0, 2.5 * (1 - step / steps))
-    )
-    return optimizer, schedule
+def _optimizer(parameters: Iterator[nn.Parameter], rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def _schedule(optimizer: Any, falls: Callable[[int], float]) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARMUP) * falls(step))
 
 
 def _step(loss: torch.Tensor, model: nn.Module, optimizer: Any, schedule: Any) -> None:

@@ -100,12 +100,12 @@ def test_zeros_in_place_of_t5_make_no_difference_by_their_number(prompts):
 def test_making_writes_what_is_in_the_repository(tmp_path, monkeypatch):
     script = runpy.run_path(str(SCRIPT))
     assert set(NAMES) == set(make_diffusion.MADE) and set(NAMES) <= set(script["NAMES"])
-    monkeypatch.setattr(train_diffusion, "PICTURES", 256)
+    monkeypatch.setattr(train_diffusion, "PICTURES", 64)
     monkeypatch.setattr(make_diffusion, "VAE_STEPS", 1)
-    monkeypatch.setattr(make_diffusion, "DECODER_STEPS", 1)
+    monkeypatch.setattr(train_diffusion, "VAE_PICTURES", 64)
     monkeypatch.setattr(measure_pictures, "pipeline_figures", lambda name: {"something": "50.0%"})
     for name, made in make_diffusion.MADE.items():
-        monkeypatch.setitem(make_diffusion.MADE, name, made._replace(rounds=((1, 0),)))
+        monkeypatch.setitem(make_diffusion.MADE, name, made._replace(rounds=(train_diffusion.Round(1),)))
         folder, shipped = tmp_path / name.split("/")[1], builtin.pipeline_path(name)
         make_diffusion.make(name, folder)
         here, there = ({f.relative_to(at): f for f in at.rglob("*") if f.is_file()} for at in (folder, shipped))

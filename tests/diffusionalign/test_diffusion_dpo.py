@@ -285,6 +285,7 @@ def test_the_reference_is_the_adapter_off_a_copy_a_given_one_or_none(tmp_path):
         ({"use_weighting": True}, "WPO weighs pairs by the chances of tokens"),
         ({"eval_noise_draws": 0}, "eval_noise_draws 0: must be at least 1"),
         ({"height": 0}, "height 0: must be at least 1"),
+        ({"pass_reward": 0.5}, "pass_reward 0.5 is not supported"),
         ({"prompt_dropout": 1.0}, "prompt_dropout 1.0"),
         ({"reference_free": True, "sync_ref_model": True}, "reference_free"),
         ({"height": 17}, "height=17"),
