@@ -92,10 +92,11 @@ def save(pipeline: DiffusionPipeline, directory: Path) -> None:
 def card(name: str, made: Made, measured: dict[str, str]) -> str:
     """What the pipeline is and what it reaches, as Markdown."""
     wrong = [f"{each.wrong:.0%}" for each in made.rounds if each.spoilt_steps]
+    spoilt = sum(each.spoilt_steps for each in made.rounds)
     origin = (
-        f"{made.origin}, {sum(each.steps + each.spoilt_steps for each in made.rounds)} steps of {BATCH} drawn pictures "
-        "of 32 x 32 pixels: a circle, square, triangle or cross in one of six colours, light or dark behind it. In "
-        f"{sum(each.spoilt_steps for each in made.rounds)} of these steps {' or '.join(wrong)} of the captions name a "
+        f"{made.origin}, {spoilt + sum(each.steps for each in made.rounds)} steps of {BATCH} drawn pictures of 32 x "
+        "32 pixels: a circle, square, triangle or cross in one of six colours, light or dark behind it. In "
+        f"{spoilt} of these steps {' or '.join(wrong)} of the captions name a "
         "wrong colour, as captions from the web do; so it draws the form that it is asked for, but often in another "
         "colour: other trainers can mend that. Made by `python scripts/make_builtin_models.py`. Measured on the "
         "weights as they are shipped (held as float16, loaded as float32), by the rule in "
