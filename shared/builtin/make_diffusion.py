@@ -80,9 +80,12 @@ def shipped_vae() -> AutoencoderKL:
 def save(pipeline: DiffusionPipeline, directory: Path) -> None:
     """Write the pipeline, its weights in float16."""
     pipeline.to(torch.float16).save_pretrained(directory)
-    for config in directory.glob("text_encoder*/config.json"):
+    for config in directory.glob("*/config.json"):
+        said = json.loads(config.read_text())
+        said.pop("_name_or_path", None)
         # transformers loads numbers of the type that is said here, whatever they are held in, diffusers in float32.
-        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+        said |= {"dtype": "float32"} if "dtype" in said else {}
+        config.write_text(json.dumps(said, indent=2) + "\n")
     for tokenizer in directory.glob("tokenizer*/tokenizer.json"):
         tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()), separators=(",", ":")))
     for weights in directory.rglob("*.safetensors"):
@@ -120,12 +123,14 @@ def make_tokenizer() -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=10_000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
-    learner.train_from_iterator([*words, *alphabet], trainer)
-    model = json.loads(learner.to_str())["model"]
-    vocabulary = sorted(model["vocab"], key=model["vocab"].get)
+    # As no two words are equally frequent, what is merged first does not hang on the order of a hash table.
+    often = [word for at, word in enumerate(words) for _ in range(100 + at * at)]
+    learner.train_from_iterator([*often, *alphabet], trainer)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *map("".join, merges), START, END]
     return CLIPTokenizer(
-        vocab={token: at for at, token in enumerate([*vocabulary, START, END])},
-        merges=[tuple(merge) for merge in model["merges"]],
+        vocab={token: at for at, token in enumerate(tokens)},
+        merges=merges,
         model_max_length=PROMPT,
     )
 

@@ -93,7 +93,7 @@ def test_zeros_in_place_of_t5_make_no_difference_by_their_number(prompts):
         pipeline(prompts[:16], max_sequence_length=zeros, generator=torch.Generator().manual_seed(0), **options).images
         for zeros in (pipeline.tokenizer.model_max_length, 256)
     )
-    assert np.abs(few - many).mean() < 0.05
+    assert np.abs(few - many).mean() < 0.08
     assert not np.array_equal(few, many)
 
 

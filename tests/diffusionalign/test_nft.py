@@ -58,7 +58,7 @@ def trained(trainer):
 
 def gap(left, right):
     assert left.keys() == right.keys()
-    return max(float((left[name] - right[name]).abs().max()) for name in left)
+    return max((left[name] - right[name]).detach().abs().max().item() for name in left)
 
 
 @pytest.mark.parametrize("kind", ["sd3", "sd"])
