@@ -80,7 +80,7 @@ def shipped_vae() -> AutoencoderKL:
 def save(pipeline: DiffusionPipeline, directory: Path) -> None:
     """Write the pipeline, its weights in float16."""
     pipeline.to(torch.float16).save_pretrained(directory)
-    for config in directory.glob("*/config.json"):
+    for config in (directory / "model_index.json", *directory.glob("*/config.json")):
         said = json.loads(config.read_text())
         said.pop("_name_or_path", None)
         # transformers loads numbers of the type that is said here, whatever they are held in, diffusers in float32.
