@@ -1,12 +1,13 @@
 """Train the built-in models that other trainers start from, and measure them; all but pipelines by our own trainers.
 
-    python scripts/make_builtin_models.py                      # all seven, some fifty minutes of one core
+    python scripts/make_builtin_models.py                      # all seven, an hour or two of one core
     python scripts/make_builtin_models.py builtin/rm-reviews   # only this one
 
 Each is written to its folder in `shared/builtin`: processor and configuration of the model it starts from, its weights
-in bfloat16, and a card that says what they reach. On the same machine and versions the weights come out the same.
-`builtin/lm-small-sft`, from which two of them start, is made by `python -m shared.builtin.make_lm`. The text-to-image
-pipelines are trained from nothing by `shared.builtin.make_diffusion`, and written in float16.
+in bfloat16, and a card that says what they reach. On the same machine and versions the weights come out the same, but
+for the text-to-image pipelines: `shared.builtin.make_diffusion` trains these from nothing, and those that are shipped
+were trained in several parts. They are written in float16. `builtin/lm-small-sft`, from which two of the others start,
+is made by `python -m shared.builtin.make_lm`.
 """
 
 from __future__ import annotations
