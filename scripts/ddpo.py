@@ -1,7 +1,7 @@
 """Learn from rewards of a diffusion model's own pictures, a denoising step as the action (DDPO).
 
 With no arguments: a built-in small model that often gives the drawn object another colour than the prompt names, about
-four minutes on two cores.
+four minutes of one core.
 
     accelerate launch scripts/ddpo.py
     accelerate launch scripts/ddpo.py --config run.yaml --learning_rate 1e-4 --advantages prompt

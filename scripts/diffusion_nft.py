@@ -1,7 +1,7 @@
 """Learn from rewards of a diffusion pipeline's own pictures, by their clean latents alone (DiffusionNFT).
 
 With no arguments: a built-in small flow-matching pipeline learns to give shapes the colour that the prompt names,
-about two minutes on two cores.
+about five minutes of one core.
 
     accelerate launch scripts/diffusion_nft.py
     accelerate launch scripts/diffusion_nft.py --config run.yaml --learning_rate 1e-4

@@ -1,7 +1,7 @@
 """Learn from rewards of a flow-matching model's own pictures, compared in groups (Flow-GRPO).
 
 With no arguments: a built-in small model that often gives the drawn object another colour than the prompt names, about
-four minutes on two cores.
+five minutes of one core.
 
     accelerate launch scripts/flow_grpo.py
     accelerate launch scripts/flow_grpo.py --config run.yaml --sampler cps --window_size 2 --window random
