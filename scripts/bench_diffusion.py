@@ -23,13 +23,11 @@ import argparse
 import itertools
 import json
 import math
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_sides import blocks_in_turns, check_same, figure_of, median, write_figures
+from bench_sides import check_same, figure_of, median, tell, told_of
 
 from shared.errors import UserError
 from shared.runtime.command import run_command
@@ -137,17 +135,7 @@ def figures_of(setting: dict[str, Any], options: Any) -> list[dict[str, Any]]:
         same = {side: told for side, told in first.items() if side in SAME}
         differences.update(check_same(same, {"reward": 1e-4, "grad_norm": 1e-2}))
 
-    with tempfile.TemporaryDirectory() as name:
-        prepare(setting, Path(name), options)
-        told = blocks_in_turns(
-            WORKER,
-            pythons,
-            Path(name),
-            warm=math.ceil(2 / options.block_steps),
-            blocks=options.blocks,
-            threads=options.threads,
-            check=check,
-        )
+    told = told_of(setting, options, WORKER, pythons, prepare, check)
     agreement = {f"{name} differs by": value for name, value in differences.items()}
     return [{**setting, **_figure(setting, by, told, options), **agreement} for by in told]
 
@@ -168,20 +156,7 @@ def _figure(setting: dict[str, Any], by: str, told: dict[str, list[dict]], optio
 
 def main() -> None:
     options = arguments()
-    if options.blocks < 1 or options.block_steps < 1:
-        raise UserError("nothing to measure: give --blocks and --block_steps of 1 or more.")
-    print(HEADER, flush=True)
-    figures: list[dict[str, Any]] = []
-    for setting in settings_of(options):
-        found = figures_of(setting, options)
-        figures += found
-        for figure in found:
-            print(ROW.format(**figure), flush=True)
-    print(
-        f"Medians of {options.blocks} blocks; {options.threads} of {os.cpu_count()} cores. Ratios: to the time and "
-        "memory of the trainer here."
-    )
-    write_figures(figures, options.output)
+    tell(settings_of(options), figures_of, options, header=HEADER, row=ROW)
 
 
 if __name__ == "__main__":

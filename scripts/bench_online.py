@@ -26,11 +26,10 @@ import os
 import random
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_sides import blocks_in_turns, check_same, figure_of, median, write_figures
+from bench_sides import check_same, figure_of, median, tell, told_of
 
 from shared.errors import UserError
 from shared.runtime.command import run_command
@@ -151,17 +150,11 @@ def figures_of(setting: dict[str, Any], options: Any) -> list[dict[str, Any]]:
     """One record for each of those that train."""
     pythons = {"ours": sys.executable} | ({"trl": options.trl_python} if options.trl_python else {})
     pythons["floor"] = sys.executable
-    with tempfile.TemporaryDirectory() as name:
-        prepare(setting, Path(name), options)
-        told = blocks_in_turns(
-            WORKER,
-            pythons,
-            Path(name),
-            warm=math.ceil(2 / options.block_steps),  # the given completions, and the first written ones
-            blocks=options.blocks,
-            threads=options.threads,
-            check=lambda first: check_same(first, {"loss": 5e-3, "grad_norm": 5e-3}),
-        )
+
+    def check(first: dict[str, list[dict[str, float]]]) -> None:
+        check_same(first, {"loss": 5e-3, "grad_norm": 5e-3})
+
+    told = told_of(setting, options, WORKER, pythons, prepare, check)
     return [_figure(setting, by, told, options) for by in told]
 
 
@@ -175,20 +168,7 @@ def _figure(setting: dict, by: str, told: dict[str, list[dict]], options: Any) -
 
 def main() -> None:
     options = arguments()
-    if options.blocks < 1 or options.block_steps < 1:
-        raise UserError("nothing to measure: give --blocks and --block_steps of 1 or more.")
-    print(HEADER, flush=True)
-    figures: list[dict[str, Any]] = []
-    for setting in settings_of(options):
-        found = figures_of(setting, options)
-        figures += found
-        for figure in found:
-            print(ROW.format(**figure), flush=True)
-    print(
-        f"Medians of {options.blocks} blocks; {options.threads} of {os.cpu_count()} cores; {options.rows} rows. "
-        "Ratios: to the time and memory of the trainer here."
-    )
-    write_figures(figures, options.output)
+    tell(settings_of(options), figures_of, options, header=HEADER, row=ROW, each=f"; {options.rows} rows")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ The other end, in those processes, is bench_turns.py. Says nothing of what is tr
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,36 @@ def blocks_in_turns(
             side.end()
 
 
+def told_of(
+    setting: dict[str, Any],
+    options: Any,
+    script: Path,
+    pythons: dict[str, str],
+    prepare: Callable[[dict[str, Any], Path, Any], None],
+    check: Callable[[dict[str, list[Told]]], None],
+) -> dict[str, list[Told]]:
+    """What every side tells of its blocks in one setting, for which `prepare` fills a folder.
+
+    Args:
+        options: `blocks`, `block_steps` and `threads`; two steps come before those that are measured.
+        script, pythons, check: see blocks_in_turns.
+
+    Raises:
+        UserError: a side failed.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        prepare(setting, Path(name), options)
+        return blocks_in_turns(
+            script,
+            pythons,
+            Path(name),
+            warm=math.ceil(2 / options.block_steps),
+            blocks=options.blocks,
+            threads=options.threads,
+            check=check,
+        )
+
+
 def check_same(first: dict[str, list[Told]], tolerances: dict[str, float]) -> dict[str, float]:
     """The comparison is void where the sides do not compute the same numbers.
 
@@ -140,6 +172,44 @@ def figure_of(by: str, told: dict[str, list[Told]], options: Any) -> dict[str, A
         "mib": mib, "memory_ratio": mib / own,
         "blocks": options.blocks, "threads": options.threads, "load_average": os.getloadavg()[0],
     }  # fmt: skip
+
+
+def tell(
+    settings: Iterable[dict[str, Any]],
+    figures_of: Callable[[dict[str, Any], Any], list[dict[str, Any]]],
+    options: Any,
+    *,
+    header: str,
+    row: str,
+    each: str = "",
+) -> None:
+    """What a benchmark's script does: measure setting after setting, show a line for each side, write the figures.
+
+    Args:
+        settings: what is measured.
+        figures_of: gives a setting's records, one a side.
+        options: those of the command line.
+        header, row: of the table; `row` is a format of a record.
+        each: what the last line says of every setting, behind the number of cores.
+
+    Raises:
+        UserError: there is nothing to measure.
+    """
+    if options.blocks < 1 or options.block_steps < 1:
+        raise UserError("nothing to measure: give --blocks and --block_steps of 1 or more.")
+    settings = list(settings)
+    print(header, flush=True)
+    figures: list[dict[str, Any]] = []
+    for setting in settings:
+        found = figures_of(setting, options)
+        figures += found
+        for figure in found:
+            print(row.format(**figure), flush=True)
+        write_figures(figures, options.output)
+    print(
+        f"Medians of {options.blocks} blocks; {options.threads} of {os.cpu_count()} cores{each}. Ratios: to the time "
+        "and memory of the trainer here."
+    )
 
 
 def write_figures(figures: list[dict[str, Any]], path: str | None) -> None:

@@ -32,11 +32,10 @@ import math
 import os
 import random
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_sides import blocks_in_turns, check_same, figure_of, median, write_figures
+from bench_sides import check_same, figure_of, median, tell, told_of
 
 from shared.errors import UserError
 from shared.runtime.command import run_command
@@ -293,17 +292,7 @@ def figures_of(setting: dict[str, Any], options: Any) -> list[dict[str, Any]]:
             tolerances |= {"logps/chosen": 1e-5, "logps/rejected": 1e-5}
         differences.update(check_same(first, tolerances))
 
-    with tempfile.TemporaryDirectory() as name:
-        prepare(setting, Path(name), options)
-        told = blocks_in_turns(
-            WORKER,
-            pythons,
-            Path(name),
-            warm=math.ceil(2 / options.block_steps),
-            blocks=options.blocks,
-            threads=options.threads,
-            check=check,
-        )
+    told = told_of(setting, options, WORKER, pythons, prepare, check)
     agreement = {f"{name} differs by": value for name, value in differences.items()}
     return [{**setting, **_figure(by, told, options), **agreement} for by in told]
 
@@ -319,21 +308,7 @@ def _figure(by: str, told: dict[str, list[dict]], options: Any) -> dict[str, Any
 
 def main() -> None:
     options = arguments()
-    if options.blocks < 1 or options.block_steps < 1:
-        raise UserError("nothing to measure: give --blocks and --block_steps of 1 or more.")
-    settings = settings_of(options)
-    print(HEADER, flush=True)
-    figures: list[dict[str, Any]] = []
-    for setting in settings:
-        found = figures_of(setting, options)
-        figures += found
-        for figure in found:
-            print(ROW.format(**figure), flush=True)
-        write_figures(figures, options.output)
-    print(
-        f"Medians of {options.blocks} blocks; {options.threads} of {os.cpu_count()} cores; batches of "
-        f"{options.batch}. Ratios: to the time and memory of the trainer here."
-    )
+    tell(settings_of(options), figures_of, options, header=HEADER, row=ROW, each=f"; batches of {options.batch}")
 
 
 if __name__ == "__main__":
