@@ -20,20 +20,13 @@ from shared.data.schema import Kind
 from shared.errors import UserError
 from shared.rewards.base import OF_IMAGES, Sample, as_values, name_of
 from shared.rewards.combine import RewardSet
+from shared.trainers.token_rollouts import FIELDS
 
 TEXT = "__text__"  # the column with what a function of texts is given
 DEFAULT_LENGTH = 256  # tokens of an answer where nothing says how long it may be
 _REWARD_TAKES = {"prompts", "completions", "completion_ids", "samples", *OF_IMAGES}
 # setting of `generate` -> its name in Sampling
-_FIELDS = {
-    "max_new_tokens": "max_new_tokens",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "stop_strings": "stop",
-}
+_FIELDS = {"max_new_tokens" if name == "max_new_tokens" else option: name for option, name in FIELDS.items()}
 _OTHERS = ("do_sample", "eos_token_id")
 # settings that say what is done here anyway, or say nothing of the tokens
 _WITHOUT_EFFECT = ("bos_token_id", "pad_token_id", "tokenizer", "transformers_version", "use_cache")
