@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FILE = "online-{rank}.pt"
 SHAPE = ("num_generations", "per_device_train_batch_size", "steps_per_generation")  # say whose rows are whose
-KEPT = ("lengths", "truncated", "logp", "rewards", "total", "advantages", "old", "ref", "correction")
+KEPT = ("lengths", "truncated", "logp", "rewards", "total", "advantages", "old", "ref", "correction", "columns")
 
 
 @dataclass

@@ -39,6 +39,7 @@ class Rollout:
         advantages: `(B,)`.
         old, ref: as `logp`, under the policy before its update and under the reference; an entry None: not known.
         correction: `(lengths[i],)` a row, weights that correct for a sampler with other numerics.
+        columns: what else a trainer holds of its round, by name: a number `()` a row, or as `logp`.
         extras: column -> B values, that rewards gave to `log_extra`, for people; not kept in checkpoints.
     """
 
@@ -54,6 +55,7 @@ class Rollout:
     old: list[Tensor | None] = field(default_factory=list)
     ref: list[Tensor | None] = field(default_factory=list)
     correction: list[Tensor] | None = None
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
     extras: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
