@@ -6,9 +6,10 @@
 - too_long: AlignProp for brightness far beyond what is wanted: the reward goes on rising while the forms that the
   prompts ask for, and the differences between pictures, are lost.
 
-Held-out prompts with fixed seeds are evaluated as the trainers do it. Runs are made one after another, each in a
-process of its own; a file of each run is kept in `--folder`, and a run that is there already is not made again. Needs
-no network; the plot needs matplotlib.
+All train with what `scripts/ddpo.py` and `scripts/alignprop.py` have when they are given no arguments, but for the
+learning rate, which stays. Held-out prompts with fixed seeds are evaluated as the trainers do it. Runs are made one
+after another, each in a process of its own; a file of each run is kept in `--folder`, and a run that is there already
+is not made again. Needs no network; the plot needs matplotlib.
 
     python scripts/compare_diffusion.py                                    # an hour or two on two cores
     python scripts/compare_diffusion.py --runs group raw --seeds 0 --ddpo_steps 10
@@ -31,6 +32,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from shared.builtin import recipe
 from shared.errors import UserError
 from shared.runtime.command import run_command
 
@@ -42,29 +46,29 @@ LABELS = {
     "alignprop": "AlignProp", "too_long": "AlignProp for brightness",
 }  # fmt: skip
 FORM = "right_form"
-OPTIONS: dict[str, Any] = {
-    "num_inference_steps": 10, "guidance_scale": 2.5, "lr_scheduler_type": "constant", "warmup_steps": 0,
+SHARED = {
     "bf16": False, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "eval_strategy": "steps",
     "eval_on_start": True, "eval_answers": 0, "sample_every": 0, "logging_steps": 5,
+    "lr_scheduler_type": "constant",  # so that a run of other length has the same beginning
 }  # fmt: skip
-DDPO = {
-    "num_generations": 8, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "generation_rows": 64,
-    "pairs_at_once": 64, "epsilon": 1e-3, "learning_rate": 1e-3,
-}  # fmt: skip
-ALIGNPROP = {
-    "per_device_train_batch_size": 16, "learning_rate": 1e-3, "backprop_strategy": "uniform",
-    "truncated_rand_backprop_minmax": [5, 8],
-}  # fmt: skip
+NOT_OPTIONS = ("model_name_or_path", "dataset_name", "reward_funcs", "reward_weights", "use_peft")  # given otherwise
+
+
+def options_of(script: str) -> dict[str, Any]:
+    """What the script trains with when it is given no arguments, beside model, data and rewards; and `SHARED`."""
+    own = yaml.safe_load(recipe(script)({}).read_text(encoding="utf-8"))
+    assert own["use_peft"] is False, "the runs here train the whole denoiser"
+    return {name: value for name, value in own.items() if name not in NOT_OPTIONS} | SHARED
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--ddpo_steps", type=int, default=60, help="of 64 pictures")
-    parser.add_argument("--alignprop_steps", type=int, default=60, help="of 16 pictures")
-    parser.add_argument("--too_long_steps", type=int, default=300, help="of 16 pictures")
-    parser.add_argument("--evaluations", type=int, default=10, help="of a run, beside that of its start")
+    parser.add_argument("--ddpo_steps", type=int, default=45, help="optimizer steps")
+    parser.add_argument("--alignprop_steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--too_long_steps", type=int, default=200, help="optimizer steps")
+    parser.add_argument("--evaluations", type=int, default=9, help="of a run, beside that of its start")
     parser.add_argument("--held_out", type=int, default=64, help="pictures of an evaluation")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--folder", default="outputs/compare_diffusion", help="of the runs")
@@ -82,7 +86,8 @@ def trainer_of(facts: dict[str, Any], own_folder: str) -> Any:
     train, held_out = (load_dataset("builtin/picture-prompts", split) for split in ("train", "test"))
     rewards = ["brightness_reward" if facts["run"] == "too_long" else "colour_reward", FORM]
     options = {
-        **OPTIONS, "output_dir": own_folder, "seed": facts["seed"], "max_steps": facts["steps"],
+        **options_of("ddpo" if facts["run"] in ADVANTAGES else "alignprop"),
+        "output_dir": own_folder, "seed": facts["seed"], "max_steps": facts["steps"],
         "eval_steps": max(1, facts["steps"] // facts["evaluations"]), "reward_weights": [1.0, 0.0],
     }  # fmt: skip
     data = {"train_dataset": train, "eval_dataset": held_out.select(range(facts["held_out"]))}
@@ -90,7 +95,7 @@ def trainer_of(facts: dict[str, Any], own_folder: str) -> Any:
         return ddpo(facts["run"], rewards, options, data)
     from diffusionalign import AlignPropConfig, AlignPropTrainer
 
-    return AlignPropTrainer("builtin/sd-small", rewards, AlignPropConfig(**options, **ALIGNPROP), **data)
+    return AlignPropTrainer("builtin/sd-small", rewards, AlignPropConfig(**options), **data)
 
 
 def ddpo(advantages: str, rewards: list[str], options: dict[str, Any], data: dict[str, Any]) -> Any:
@@ -103,7 +108,7 @@ def ddpo(advantages: str, rewards: list[str], options: dict[str, Any], data: dic
 
     own = {} if advantages == "raw" else {"advantages": advantages}
     trainer_class = BareRewards if advantages == "raw" else DDPOTrainer
-    return trainer_class("builtin/sd-small", rewards, DDPOConfig(**options, **DDPO, **own), **data)
+    return trainer_class("builtin/sd-small", rewards, DDPOConfig(**options, **own), **data)
 
 
 def one_run(facts: dict[str, Any], own_folder: str) -> dict[str, Any]:
@@ -114,7 +119,7 @@ def one_run(facts: dict[str, Any], own_folder: str) -> dict[str, Any]:
     torch.set_num_threads(facts["threads"])
     started = time.process_time()
     trainer.train()
-    pictures = 64 if facts["run"] in ADVANTAGES else ALIGNPROP["per_device_train_batch_size"]
+    pictures = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     points = [
         {
             "step": entry["step"],
@@ -228,7 +233,8 @@ def main() -> None:
         raise UserError(f"{folder} holds no runs: leave out --plot_only.")
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"options": {**OPTIONS, "ddpo": DDPO, "alignprop": ALIGNPROP}, "curves": curves}, indent=1)
+    used = {script: options_of(script) for script in ("ddpo", "alignprop")}
+    text = json.dumps({"options": used, "curves": curves}, indent=1)
     output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     plot(curves, output.with_suffix(".png"))
     print(f"Written: {output}.json, {output}.png")
