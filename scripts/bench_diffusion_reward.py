@@ -1,9 +1,10 @@
 """How long DDPO and AlignProp take to the same reward, here and, where it is installed, by the last trl that had them.
 
-All train `builtin/sd-small` on the training prompts of `builtin/picture-prompts`, with the same reward (how well what
-is drawn has the colour that the prompt names), adapter, guidance and pictures of an optimizer step. After every
-`--every` steps the reward of the same held-out pictures is measured, by plain diffusers and outside the clock; a side
-goes on until it reaches `--target`. Each runs in a process of its own; time is the processor's.
+All train `builtin/sd-small` on the training prompts of `builtin/picture-prompts`, with the same reward (brightness, or
+how well what is drawn has the colour that the prompt names), adapter, guidance and pictures of an optimizer step. After
+every `--every` steps the reward of the same held-out pictures is measured, by plain diffusers and outside the clock; a
+side goes on until it reaches `--target`. Each runs in a process of its own; time is the processor's. The trainers of trl
+need guidance, under which colours are right from the start: that is why the reward is brightness.
 
     python scripts/bench_diffusion_reward.py --trl_python path/to/an/environment/bin/python   # of trl==0.23.1
     python scripts/bench_diffusion_reward.py --side ddpo-fast alignprop-late --target 0.6 --output reward.json
@@ -41,10 +42,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trl_python", help="a Python interpreter that has trl 0.23; without it trl is left out")
     parser.add_argument("--model", help="folder of another pipeline of the type of Stable Diffusion")
     parser.add_argument("--side", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--target", type=float, default=0.6, help="of the held-out reward")
+    parser.add_argument("--target", type=float, default=0.7, help="of the held-out reward")
     parser.add_argument("--most_seconds", type=float, default=600, help="processor's, after which a side is stopped")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--reward", choices=["colour", "brightness"], default="colour")
+    parser.add_argument("--reward", choices=["colour", "brightness"], default="brightness")
     parser.add_argument("--rows", type=int, default=64, help="pictures of an optimizer step of ddpo")
     parser.add_argument("--alignprop_rows", type=int, default=16, help="pictures of an optimizer step of alignprop")
     parser.add_argument("--group", type=int, default=8, help="pictures of a prompt; for ddpo")
@@ -52,8 +53,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="of a picture")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--folded", type=int, default=64, help="pairs in a pass; for ddpo-fast")
-    parser.add_argument("--ddpo_lr", type=float, default=1e-3)
-    parser.add_argument("--alignprop_lr", type=float, default=1e-3)
+    parser.add_argument("--ddpo_lr", type=float, default=4e-3)
+    parser.add_argument("--alignprop_lr", type=float, default=4e-3)
     parser.add_argument("--clip", type=float, default=1e-3, help="of ddpo's ratio")
     parser.add_argument("--every", type=int, default=2, help="steps between two measurements")
     parser.add_argument("--judged", type=int, default=64, help="held-out pictures")
