@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared.objectives.distillation import Head, head_jsd, jsd, kl_divergence
+from shared.objectives.distillation import Head, common_tokens, head_jsd, head_jsd_sum, jsd, kl_divergence
 from shared.objectives.head_chunks import HeadTransform
 
 LN2 = math.log(2)
@@ -120,6 +120,79 @@ def test_the_memory_between_passes_does_not_grow_with_the_rows():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         head_jsd(Head(hidden, weight), Head(randn(64, 4, seed=2), weight), chunk_size=8)
     assert sum(saved) < 64 * 512
+
+
+@pytest.mark.parametrize("transform", [None, HeadTransform(scale=0.5, softcap=3.0, temperature=0.7)])
+@pytest.mark.parametrize("chunk_size", [2, None])
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_sum_has_the_gradient_of_its_tokens(beta, chunk_size, transform):
+    hidden, weight, bias = (randn(*shape, seed=i).requires_grad_() for i, shape in enumerate([(5, 3), (6, 3), (6,)]))
+    student, teacher = Head(hidden, weight, bias, transform), Head(randn(5, 4, seed=3), randn(6, 4, seed=4))
+    options = {"beta": beta, "temperature": 1.5}
+    expected = head_jsd(student, teacher, **options)
+    total, stats = head_jsd_sum(student, teacher, **options, entropy=True, chunk_size=chunk_size)
+    torch.testing.assert_close(stats.divergence, expected)
+    torch.testing.assert_close(total, expected.sum())
+    inputs = (hidden, weight, bias)
+    both = (torch.autograd.grad(3 * x, inputs) for x in (total, expected.sum()))
+    for own, other in zip(*both, strict=True):
+        torch.testing.assert_close(own, other)
+    logits = hidden @ weight.T + bias
+    if transform is not None:
+        logits = 3 * torch.tanh(0.5 * logits / 3) / 0.7
+    logp = (logits / 1.5).log_softmax(-1)
+    torch.testing.assert_close(stats.entropy, -(logp.exp() * logp).sum(-1).detach())
+    best = (teacher.hidden_NH @ teacher.weight_VH.T).argmax(-1)
+    assert stats.agrees.tolist() == (logp.argmax(-1) == best).tolist()
+    with pytest.raises(RuntimeError, match="used up"):
+        total.backward()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_sum_takes_logits_and_tokens_that_are_ruled_out(beta):
+    student, teacher = randn(2, 3, 5)
+    wide = [torch.cat([x, torch.full((3, 2), -math.inf, dtype=x.dtype)], 1) for x in (student, teacher)]
+    student.requires_grad_()
+    wide[0].requires_grad_()
+    expected = jsd(student, teacher, beta=beta).sum()
+    total, stats = head_jsd_sum(*wide, beta=beta, entropy=True)
+    torch.testing.assert_close(total, expected)
+    assert stats.entropy.isfinite().all()
+    expected.backward()
+    total.backward()
+    torch.testing.assert_close(wide[0].grad[:, :5], student.grad)
+    assert not wide[0].grad[:, 5:].any()
+
+
+def test_a_padded_head_is_cut_to_the_tokens_of_both():
+    hidden, weight, bias = randn(4, 3).requires_grad_(), randn(8, 3, seed=1).requires_grad_(), randn(8, seed=2)
+    teacher = Head(randn(4, 2, seed=3), randn(6, 2, seed=4))
+    cut = common_tokens(Head(hidden, weight, bias), teacher)
+    assert cut[0].weight_VH.shape == (6, 3) and cut[0].bias.shape == (6,) and cut[1] is teacher
+    total, _ = head_jsd_sum(*cut)
+    total.backward()
+    assert weight.grad[:6].abs().sum(1).all() and not weight.grad[6:].any()
+    own, other = common_tokens(teacher.hidden_NH @ teacher.weight_VH.T, Head(hidden, weight))
+    assert own.shape == (4, 6) and other.weight_VH.shape == (6, 3)
+
+
+def test_the_sum_under_autocast_is_near_that_in_full():
+    hidden, weight = randn(64, 8).float().requires_grad_(), randn(32, 8, seed=1).float().requires_grad_()
+    teacher = Head(randn(64, 4, seed=2).bfloat16(), randn(32, 4, seed=3).bfloat16())
+    full, _ = head_jsd_sum(Head(hidden, weight), teacher._replace(hidden_NH=teacher.hidden_NH.float()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half, stats = head_jsd_sum(Head(hidden, weight), teacher)
+    assert stats.divergence.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0.02)
+    for own, other in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (half, full)), strict=True):
+        torch.testing.assert_close(own, other, rtol=0.05, atol=0.05)
+
+
+def test_the_sum_over_no_token_is_zero_and_has_a_gradient():
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(6, 4, requires_grad=True)
+    total, stats = head_jsd_sum(Head(hidden, weight), Head(torch.zeros(0, 2), torch.ones(6, 2)))
+    total.backward()
+    assert total.item() == 0 and not weight.grad.any() and stats.entropy is None and stats.agrees.shape == (0,)
 
 
 def test_half_precision_is_computed_in_float32():
