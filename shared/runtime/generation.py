@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,8 @@ from shared.runtime.generation_whole import generate_rows
 __all__ = ["Completions", "Generator", "InProcessGenerator", "Sampling", "greedy_answers"]
 
 logger = logging.getLogger(__name__)
+
+Random = torch.Generator | Sequence[torch.Generator] | None
 
 _MODEL_CANNOT = (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, IndexError)
 
@@ -61,7 +63,7 @@ class Generator(Protocol):
         group_size: int,
         sampling: Sampling,
         *,
-        random: torch.Generator | None = None,
+        random: Random = None,
     ) -> Completions: ...
 
     def update_weights(self, model: nn.Module) -> None: ...
@@ -110,7 +112,7 @@ class InProcessGenerator:
         group_size: int,
         sampling: Sampling,
         *,
-        random: torch.Generator | None = None,
+        random: Random = None,
     ) -> Completions:
         """Complete each prompt `group_size` times.
 
@@ -124,7 +126,8 @@ class InProcessGenerator:
             inputs: left-padded `input_ids` `(P, L)`, `attention_mask`, and extras as `model.generate` takes them.
             group_size: G completions of each prompt.
             sampling: the settings.
-            random: of the draws; None: torch's own for the CPU.
+            random: of the draws; several: one for each row, on the CPU, so that a row does not depend on the others
+                of its call either; None: torch's own for the CPU.
 
         Raises:
             UserError: prompt and completion together are longer than the model's positions, or its logits are not
@@ -249,7 +252,7 @@ class InProcessGenerator:
         inputs: dict[str, Any],
         group_size: int,
         sampling: Sampling,
-        random: torch.Generator | None,
+        random: Random,
         together: bool,
     ) -> Completions:
         ends, pad = self._ends(inner), self._tokenizer.pad_token_id
@@ -270,7 +273,7 @@ class InProcessGenerator:
                 ends=ends,
                 pad=pad if pad is not None else (ends or [0])[0],
                 suppressed=self._suppressed,
-                seed=int(torch.randint(2**62, (), generator=random, device=_device_of(random))),
+                seed=_seed(random),
                 synced=together,
             )
             if not idle:
@@ -290,9 +293,17 @@ def _device_of(random: torch.Generator | None) -> torch.device:
     return torch.device("cpu") if random is None else random.device
 
 
-def _uniforms(rows: int, sampling: Sampling, random: torch.Generator | None) -> Tensor:
+def _seed(random: Random) -> int:
+    one = random[0] if isinstance(random, Sequence) else random
+    return int(torch.randint(2**62, (), generator=one, device=_device_of(one)))
+
+
+def _uniforms(rows: int, sampling: Sampling, random: Random) -> Tensor:
     if sampling.greedy:
         return torch.zeros(rows, 1, dtype=torch.float64).expand(-1, sampling.max_new_tokens)
+    if isinstance(random, Sequence):
+        assert len(random) == rows, "one generator for each row"
+        return torch.stack([torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=r) for r in random])
     size = rows, sampling.max_new_tokens
     return torch.rand(size, dtype=torch.float64, generator=random, device=_device_of(random))
 
