@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from shared.errors import UserError
+from shared.policies.head_call import wrap_forward
 from shared.policies.prefix import evaluating
-from shared.policies.token import wrap_forward
 from visionalign.families import Family, modules, parameters
 
 FEATURES = "vision_features"  # and vision_features_1, … of a projector of several modules

@@ -44,12 +44,14 @@ class TokenStats(NamedTuple):
         entropy: `(N,)` entropy of each distribution, in nats; None where not asked for.
         correct: `(N,)` bool, whether no token was more likely than the target.
         collision: `(N,)` log of the chance that two draws agree, log Σ_v p_v²; None where not asked for.
+        values: `(N,)` what a critic says of each token's state, of whoever asks one; no head gives them.
     """
 
     logp: Tensor
     entropy: Tensor | None
     correct: Tensor
     collision: Tensor | None = None
+    values: Tensor | None = None
 
 
 def default_chunk_size(vocabulary: int, hidden_size: int) -> int:

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+CRITIC = "critic"  # the name of a critic in a policy's model, and that of its adapter; see shared.policies.critic
+
 
 @dataclass
 class GroupedBatch:
@@ -123,6 +125,7 @@ class LogProbs:
         entropy: `(B, T)` of the policy at each counted action, in nats, where asked for.
         correct: `(B, T)` bool, whether the action was the policy's most likely one.
         collision: `(B, T)` log of the chance that two draws of the policy agree, log Σ_v p_v², where asked for.
+        values: `(B, T)` what the model's critic says of the state before each action, where asked for.
     """
 
     logp: Tensor
@@ -130,6 +133,7 @@ class LogProbs:
     entropy: Tensor | None = None
     correct: Tensor | None = None
     collision: Tensor | None = None
+    values: Tensor | None = None
 
 
 class ActionBatch(Protocol):

@@ -82,7 +82,7 @@ def shared_hidden(body: nn.Module, batch: GroupedBatch) -> Tensor:
 
     Args:
         body: a transformers model without its head, called as its own `forward` would be: `input_ids,
-            attention_mask, position_ids, past_key_values, use_cache`.
+            attention_mask, position_ids, cache, use_cache`.
         batch: prompts `(P, L)` with L > 0, completions `(P*G, T)` with T > 0; what its model_inputs hold beside the
             prompts' tokens (images) goes with the prompts. `trimmed` spares the work on padding.
 
@@ -104,7 +104,8 @@ def shared_hidden(body: nn.Module, batch: GroupedBatch) -> Tensor:
     prompt = body(
         input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask, use_cache=True, **where, **batch.model_inputs
     )
-    cache = prompt.past_key_values
+    name = _cache_name(body)
+    cache = getattr(prompt, name)
     cache.batch_repeat_interleave(batch.group_size)
 
     if takes_positions:
@@ -117,8 +118,8 @@ def shared_hidden(body: nn.Module, batch: GroupedBatch) -> Tensor:
     hidden = body(
         input_ids=batch.completion_ids,
         attention_mask=torch.cat([group(batch.prompt_mask), batch.completion_attention], 1),
-        past_key_values=cache,
         use_cache=True,
+        **{name: cache},
         **where,
         **{k: along_completions(k, v, batch) for k, v in along.items()},
     )[0]
@@ -158,6 +159,11 @@ class PrefixSharing:
         self._checked = False
         if body is not None:
             continue_from_last(body)
+
+    def beside(self, inner: nn.Module, body: nn.Module) -> None:
+        """Share where another model can that runs the same batches, and only there; arguments as of the class."""
+        self._possible = self._possible and _keeps_keys_and_values(inner, body)
+        continue_from_last(body)
 
     def applies(self, model: nn.Module, batch: GroupedBatch, figures: Figures) -> bool:
         """Whether to share this batch; every process of a sharded model has to ask, and gets the same answer.
@@ -221,8 +227,13 @@ def _keeps_keys_and_values(inner: nn.Module, body: nn.Module) -> bool:
     """Whether all that a model keeps of the past is a key/value cache, as far as class and configuration tell."""
     config = inner.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
-    takes_cache = "past_key_values" in inspect.signature(body.forward).parameters
-    return takes_cache and not getattr(inner, "_is_stateful", False) and kinds <= _CACHED_LAYERS
+    return _cache_name(body) is not None and not getattr(inner, "_is_stateful", False) and kinds <= _CACHED_LAYERS
+
+
+def _cache_name(body: nn.Module) -> str | None:
+    """The argument, and the output, that is the key/value cache; transformers has called it cache since 5.24."""
+    takes = inspect.signature(body.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in takes), None)
 
 
 def _saved(batch: GroupedBatch) -> float:

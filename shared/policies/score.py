@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from shared.policies.base import GroupedBatch
+from shared.policies.head_call import wrap_forward
 from shared.policies.prefix import PrefixSharing, evaluating, shared_hidden, trimmed
-from shared.policies.token import in_model_type, whole_rows, wrap_forward
+from shared.policies.token import in_model_type, whole_rows
 
 logger = logging.getLogger(__name__)
 

@@ -12,38 +12,19 @@ from __future__ import annotations
 
 import functools
 import logging
-import types
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
-from shared.objectives.logprobs import HeadTransform, TokenStats, head_log_probs, head_objective
+from shared.objectives.logprobs import HeadTransform, TokenStats
 from shared.policies.base import GroupedBatch, LogProbs
-from shared.policies.prefix import PrefixSharing, along_completions, along_prompt, evaluating, shared_hidden, trimmed
+from shared.policies.head_call import AtHead, HeadCall, TokenObjective, teach
+from shared.policies.prefix import PrefixSharing, along_completions, along_prompt, evaluating, trimmed
 
 logger = logging.getLogger(__name__)
-
-TokenObjective = Callable[[Tensor, slice], Tensor]
-
-
-@dataclass
-class HeadCall:
-    """What the patched head is asked to do with the counted tokens' hidden states."""
-
-    index: Tensor  # (N,) positions in the flattened hidden states: (B*T,), or (B*(1+T),) with a shared prefix
-    targets: Tensor  # (N,)
-    transform: HeadTransform
-    objective: TokenObjective | None = None
-    entropy: bool = False
-    collision: bool = False
-    entropy_weights: Tensor | None = None  # (N,), with an objective
-    entropy_gradient: bool = False  # without one
-    prefix: GroupedBatch | None = None  # prompts to run once for their completions, in place of the other inputs
-    half: bool = False  # said by the head: whether it ran in half precision
 
 
 def head_transform(config: Any, *, temperature: float = 1.0) -> HeadTransform:
@@ -131,7 +112,7 @@ class TokenPolicy:
                 "part of the objectives here. Set output_router_logits to False."
             )
         self.transform = head_transform(inner.config, temperature=temperature)
-        self.fused = _teach(inner)
+        self.fused = teach(inner)
         self._checked = not self.fused
         # Prompt learning puts tokens of its own before each row.
         learns_prompt = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
@@ -150,6 +131,7 @@ class TokenPolicy:
         *,
         entropy: bool = False,
         entropy_weights: Tensor | None = None,
+        values: bool = False,
     ) -> tuple[Tensor, TokenStats]:
         """Sum of an objective that is separable by token, with its gradient computed in the forward pass.
 
@@ -159,11 +141,16 @@ class TokenPolicy:
             objective: gets `(n,)` log-probabilities and which of the N tokens they are; gives `(n,)` weighted losses.
             entropy: also measure the policy's entropy at the counted tokens.
             entropy_weights: `(N,)`, row by row: adds `Σ weight · entropy` to the loss, with its gradient.
+            values: also give what the model's critic says of the state before each token, with its gradient.
 
         Returns:
-            The scalar loss and the detached statistics of the N tokens, row by row.
+            The scalar loss and the statistics of the N tokens, row by row; but for the values they are detached.
+
+        Raises:
+            UserError: values are asked for, and the model cannot be asked for its states.
         """
-        call = HeadCall(*_predicted(batch), self.transform, objective, entropy, entropy_weights=entropy_weights)
+        options = {"entropy_weights": entropy_weights, "values": "beside" if values else None}
+        call = HeadCall(*_predicted(batch), self.transform, objective, entropy, **options)
         return self._run(model, batch, call)
 
     def log_probs(
@@ -174,6 +161,7 @@ class TokenPolicy:
         entropy: bool = False,
         collision: bool = False,
         entropy_gradient: bool = False,
+        values: bool = False,
     ) -> LogProbs:
         """Log-probabilities `(B, T)` of the completions' tokens; 0 where the mask is 0.
 
@@ -183,19 +171,46 @@ class TokenPolicy:
             entropy: also give the policy's entropy at each token.
             collision: also give log Σ_v p_v² at each token.
             entropy_gradient: give the entropy, differentiable as the log-probabilities are.
+            values: also give what the model's critic says of the state before each token.
         """
         options = {"entropy": entropy, "collision": collision, "entropy_gradient": entropy_gradient}
-        call = HeadCall(*_predicted(batch), self.transform, **options)
+        call = HeadCall(*_predicted(batch), self.transform, values="beside" if values else None, **options)
         _, stats = self._run(model, batch, call)
         return _on_grid(stats, _counted(batch))
+
+    def values(self, model: nn.Module, batch: GroupedBatch) -> Tensor:
+        """What the model's critic says of the state before each completion token, `(B, T)`; 0 where the mask is 0."""
+        _, stats = self._run(model, batch, HeadCall(*_predicted(batch), self.transform, values="alone"))
+        mask = _counted(batch)
+        return stats.values.new_zeros(mask.shape).masked_scatter(mask, stats.values)
+
+    def at_head(self, model: nn.Module, batch: GroupedBatch, function: AtHead, record: type) -> tuple[Tensor, Any]:
+        """What a function makes of the head at the N counted tokens, inside the head's own call.
+
+        For objectives of the whole distribution. Under an engine that shards, the weight is whole in that call alone.
+
+        Args:
+            model, batch: as of `log_probs`.
+            function: gets the head or, of a model whose head cannot be run apart, its logits `(N, V)`, row by row;
+                gives a scalar loss and figures, tensors or None.
+            record: what the figures become: the class is called with them.
+        """
+        return self._run(model, batch, HeadCall(*_predicted(batch), self.transform, at_head=function, record=record))
 
     def _run(self, model: nn.Module, batch: GroupedBatch, call: HeadCall) -> tuple[Tensor, TokenStats]:
         """The call on a batch; its index says which completion tokens are meant and is turned into states."""
         if not self._checked:
             self._checked = True
             self.fused = self._agrees(model, call.targets)
+        if call.values and not self.fused:
+            raise UserError(
+                "The states of this model cannot be asked for, since its head is more than a matrix product (it is "
+                "quantised, or has an adapter), so that there are none for a value function. Leave the head plain."
+            )
         batch = in_model_type(model, batch)
-        if self.fused and self.sharing.applies(model, batch, functools.partial(self._figures, model)):
+        if self.fused and self.sharing.applies(
+            model, batch, functools.partial(self._figures, model, values=call.values)
+        ):
             return _run_shared(model, batch, call)
         return self._run_rows(model, batch, call)
 
@@ -212,12 +227,14 @@ class TokenPolicy:
             loss, *figures = model(**inputs, head_call=call)
         else:
             loss, *figures = _from_logits(model(**inputs).logits.flatten(0, 1)[call.index], call)
-        return loss, TokenStats(*figures)
+        return loss, call.record(*figures)
 
-    def _figures(self, model: nn.Module, batch: GroupedBatch, shared: bool) -> tuple[Tensor, bool]:
-        call = HeadCall(*_predicted(batch), self.transform)
+    def _figures(
+        self, model: nn.Module, batch: GroupedBatch, shared: bool, values: str | None = None
+    ) -> tuple[Tensor, bool]:
+        call = HeadCall(*_predicted(batch), self.transform, values=values and "beside")
         _, stats = (_run_shared if shared else self._run_rows)(model, batch, call)
-        return stats.logp, call.half
+        return torch.stack([stats.logp, stats.values]) if values else stats.logp, call.half
 
     def _agrees(self, model: nn.Module, targets: Tensor) -> bool:
         """Whether head and transform give the model's own log-probabilities, on a few plain tokens.
@@ -261,8 +278,8 @@ def _on_grid(stats: TokenStats, mask: Tensor) -> LogProbs:
     def put(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-    logp, entropy, correct, collision = map(put, stats)
-    return LogProbs(logp, mask.to(logp.dtype), entropy, correct, collision)
+    logp, entropy, correct, collision, values = map(put, stats)
+    return LogProbs(logp, mask.to(logp.dtype), entropy, correct, collision, values)
 
 
 def _run_shared(model: nn.Module, batch: GroupedBatch, call: HeadCall) -> tuple[Tensor, TokenStats]:
@@ -271,94 +288,15 @@ def _run_shared(model: nn.Module, batch: GroupedBatch, call: HeadCall) -> tuple[
     call.prefix = trimmed(batch, int(column.max()) if len(column) else 1)
     call.index = row * (1 + call.prefix.completion_ids.shape[1]) + column
     loss, *figures = model(head_call=call)
-    return loss, TokenStats(*figures)
-
-
-def _teach(inner: nn.Module) -> bool:
-    """Teach a model to answer a HeadCall; False where its shape does not allow it.
-
-    The forward of the instance is wrapped rather than its class replaced: saving, generation, PEFT and the engines go
-    on seeing the transformers model. What is wrapped belongs to `self`, so that a deep copy runs on its own weights.
-    """
-    body = getattr(inner, inner.base_model_prefix, None)
-    if body is None or body is inner or not _linears(inner.get_output_embeddings()):
-        return False
-
-    def wrap(plain: Callable) -> Callable:
-        @functools.wraps(plain)
-        def forward(self: nn.Module, *args: Any, head_call: HeadCall | None = None, **kwargs: Any):
-            if head_call is None:
-                return plain(self, *args, **kwargs)
-            body = getattr(self, self.base_model_prefix)
-            prefix = head_call.prefix
-            hidden = body(*args, **kwargs)[0] if prefix is None else shared_hidden(body, prefix)
-            head = self.get_output_embeddings()
-            for linear in _linears(head):  # here, since an adapter or more tokens may have brought another one
-                wrap_forward(linear, _head_forward, mark="takes_head_call")
-            return head(hidden.flatten(0, 1)[head_call.index], head_call=head_call)
-
-        return forward
-
-    wrap_forward(inner, wrap, mark="takes_head_call")
-    return True
-
-
-def _head_forward(plain: Callable) -> Callable:
-    @functools.wraps(plain)
-    def forward(self: nn.Linear, hidden: Tensor, head_call: HeadCall | None = None):
-        if head_call is None:
-            return plain(self, hidden)
-        halves = (torch.bfloat16, torch.float16)
-        head_call.half = torch.is_autocast_enabled(hidden.device.type) or self.weight.dtype in halves
-        options = {
-            "bias": self.bias,
-            "transform": head_call.transform,
-            "entropy": head_call.entropy,
-            "collision": head_call.collision,
-        }
-        inputs = (hidden, self.weight, head_call.targets)
-        if head_call.objective is None:
-            stats = head_log_probs(*inputs, **options, entropy_gradient=head_call.entropy_gradient)
-            loss = stats.logp.new_zeros(())
-        else:
-            options["entropy_weights"] = head_call.entropy_weights
-            loss, stats = head_objective(*inputs, head_call.objective, **options)
-        return loss, *stats
-
-    return forward
-
-
-def wrap_forward(module: nn.Module, wrap: Callable[[Callable], Callable], *, mark: str) -> None:
-    """Put `wrap(forward)` in the place of a module's forward, once: the attribute `mark` tells that it was done."""
-    own = module.forward
-    if getattr(own, mark, False):
-        return
-    if getattr(own, "__self__", None) is module:
-        plain = own.__func__
-    else:  # put there by somebody else, already bound
-
-        @functools.wraps(own)
-        def plain(_: nn.Module, *args: Any, **kwargs: Any):
-            return own(*args, **kwargs)
-
-    forward = wrap(plain)
-    setattr(forward, mark, True)
-    module.forward = types.MethodType(forward, module)
-
-
-def _linears(head: nn.Module | None) -> list[nn.Linear]:
-    """The linear layers behind a head, where PEFT trains a copy of it both; empty for any other kind of head."""
-    found = [head]
-    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        found = [head.original_module, *head.modules_to_save.values()]
-    # neither a quantised layer nor one with an adapter beside it: those are more than a matrix product
-    plain = (isinstance(m, nn.Linear) and type(m).__name__.removeprefix("FSDP") == "Linear" for m in found)
-    return found if all(plain) else []
+    return loss, call.record(*figures)
 
 
 def _from_logits(logits: Tensor, call: HeadCall) -> tuple[Tensor | None, ...]:
     """The loss and the token figures from the model's own logits `(N, V)` of the counted tokens."""
-    logp_all = (logits.float() / call.transform.temperature).log_softmax(-1)
+    logits = logits.float() / call.transform.temperature
+    if call.at_head is not None:
+        return call.at_head(logits)
+    logp_all = logits.log_softmax(-1)
     logp = logp_all.gather(1, call.targets.unsqueeze(1)).squeeze(1)
     fixed = logp_all.detach()
     bonus = call.entropy_weights is not None
