@@ -164,12 +164,24 @@ class DenoisingTrainer(DiffusionTrainerMixin, PolicyGradientTrainer):
         return rollout
 
     def finish_round(self, rollout: Rollout) -> dict[str, float]:
+        if self.drawn_before == 0:
+            self._check_applies(rollout)
         own = [sample.prompt for sample in rollout.samples]
         self._prompts = gather_object(own) if self.args.world_size > 1 else own
         small = thumbnails([sample.output for sample in rollout.samples[: max(2, SHOWN // self.args.world_size)]])
         diversity = self.diversity(self.accelerator.gather(small.to(self.args.device)).cpu())
         figures = super().finish_round(rollout) | {"reward_queries": float(self.reward_queries)}
         return figures if math.isnan(diversity) else figures | {"sample_diversity": diversity}
+
+    def _check_applies(self, rollout: Rollout) -> None:
+        """Raise UserError where no picture of the first round has a reward: nothing would ever be learnt."""
+        judged = (~rollout.total.isnan()).sum().to(self.args.device)
+        if int(self.accelerator.reduce(judged, "sum")) == 0:
+            raise UserError(
+                f"No reward applies to any of the first {rollout.rows * self.args.world_size} pictures: "
+                f"{', '.join(self.rewards.names)} gave NaN or None for all of them. A reward gives a finite number for "
+                "each picture that it can judge."
+            )
 
     def controllers(self) -> dict[str, Any]:
         return {

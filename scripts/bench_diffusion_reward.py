@@ -1,10 +1,10 @@
 """How long DDPO and AlignProp take to the same reward, here and, where it is installed, by the last trl that had them.
 
 All train `builtin/sd-small` on the training prompts of `builtin/picture-prompts`, with the same reward (brightness, or
-how well what is drawn has the colour that the prompt names), adapter, guidance and pictures of an optimizer step. After
-every `--every` steps the reward of the same held-out pictures is measured, by plain diffusers and outside the clock; a
-side goes on until it reaches `--target`. Each runs in a process of its own; time is the processor's. The trainers of trl
-need guidance, under which colours are right from the start: that is why the reward is brightness.
+how well what is drawn has the colour that the prompt names), adapter, guidance and pictures of an optimizer step.
+After every `--every` steps the reward of the same held-out pictures is measured, by plain diffusers and outside the
+clock; a side goes on until it reaches `--target`. Each runs in a process of its own; time is the processor's. trl's
+trainers need guidance, under which colours are right from the start: that is why the reward is brightness.
 
     python scripts/bench_diffusion_reward.py --trl_python path/to/an/environment/bin/python   # of trl==0.23.1
     python scripts/bench_diffusion_reward.py --side ddpo-fast alignprop-late --target 0.6 --output reward.json

@@ -154,6 +154,18 @@ def test_epsilon_in_units_that_hold_over_latent_sizes(tmp_path):
     assert trainer.objective.epsilon_high == pytest.approx(16e-4)
 
 
+def test_rewards_that_apply_to_no_picture_end_the_run(tmp_path):
+    """Nothing would ever be learnt; where some picture has a reward the others may have none."""
+
+    def some(images, prompts, **_):
+        return [None if "red" in prompt else 1.0 for prompt in prompts]
+
+    trainer = make("DDPO", tmp_path, reward=lambda images, **_: [float("nan")] * len(images))
+    with pytest.raises(UserError, match="No reward applies to any of the first . pictures: .* gave NaN or None"):
+        trainer.train()
+    make("DDPO", tmp_path / "some", reward=some, max_steps=1).train()
+
+
 def test_rewards_that_are_computed_beside_sampling(tmp_path):
     """Give what they give otherwise, in a thread of their own."""
     calls = []
