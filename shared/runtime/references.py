@@ -121,7 +121,7 @@ def _stay_in_evaluation(self: nn.Module, mode: bool = True) -> nn.Module:
     return nn.Module.train(self, False)
 
 
-@dataclass
+@dataclass(eq=False)  # tensors are not equal or unequal as a whole
 class _Pass:
     """What the shared layers made of their inputs, in one call of the model's body."""
 
