@@ -22,11 +22,12 @@ from shared.runtime.fsdp import reshard
 from shared.runtime.generation_cache import UnknownCache
 from shared.runtime.generation_check import disagreement
 from shared.runtime.generation_loop import Decoder, Passes, rows_of, split_extras, trimmed
+from shared.runtime.generation_mixture import Mixture, Part, parts_of, passes_of
 from shared.runtime.generation_sampling import Drawer, Sampling, StopStrings
 from shared.runtime.generation_sharded import largest, several_processes, sharded, whole_weights
 from shared.runtime.generation_whole import generate_rows
 
-__all__ = ["Completions", "Generator", "InProcessGenerator", "Sampling", "greedy_answers"]
+__all__ = ["Completions", "Generator", "InProcessGenerator", "Mixture", "Part", "Sampling", "greedy_answers"]
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class InProcessGenerator:
 
     def generate(
         self,
-        model: nn.Module,
+        model: nn.Module | Mixture,
         inputs: dict[str, Any],
         group_size: int,
         sampling: Sampling,
@@ -121,8 +122,9 @@ class InProcessGenerator:
 
         Args:
             model: as the trainer calls it, inside DDP's wrapper: a transformers model or a PEFT model around one, in
-                evaluation mode. Under autocast, call this inside the autocast context, or weights are cast anew for
-                each token. If weights are sharded, every process has to call this, with at least one prompt.
+                evaluation mode; or a mixture of such. Under autocast, call this inside the autocast context, or
+                weights are cast anew for each token. If weights are sharded, every process has to call this, with at
+                least one prompt.
             inputs: left-padded `input_ids` `(P, L)`, `attention_mask`, and extras as `model.generate` takes them.
             group_size: G completions of each prompt.
             sampling: the settings.
@@ -131,29 +133,44 @@ class InProcessGenerator:
 
         Raises:
             UserError: prompt and completion together are longer than the model's positions, or its logits are not
-                numbers.
+                numbers; a mixture of models one of which cannot be run so.
             ValueError: the model is in training mode.
         """
-        if model.training:
+        parts = parts_of(model)
+        if any(part.model.training for part in parts):
             raise ValueError("A model in training mode would drop out units as it generates: call model.eval() first.")
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = parts[0].inner
         device = inner.device
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         inputs = _cast(inner, trimmed(inputs))
-        _check_length(inner, inputs, sampling)
+        for part in parts:
+            _check_length(part.inner, inputs, sampling)
         rows = len(inputs["input_ids"]) * group_size
-        with torch.no_grad(), self._weights(model) as together:
-            if self._is_able(model, inner, inputs, together):
+        with torch.no_grad(), self._weights(parts) as together:
+            able = [self._is_able(part, inputs, together) for part in parts]  # processes ask alike
+            if all(able):
                 uniforms = _uniforms(rows, sampling, random).to(device)
                 try:
-                    return self._decode(model, inner, inputs, uniforms, sampling, together)
+                    return self._decode(parts, inputs, uniforms, sampling, together)
                 except UnknownCache as error:
                     self._give_up(inner, str(error))
+            if isinstance(model, Mixture):
+                raise UserError(
+                    f"A mixture of models is written with their key/value caches, which "
+                    f"{' and '.join(sorted({type(part.inner).__name__ for part in parts}))} cannot (see the warning)."
+                )
             return self._whole_rows(model, inner, inputs, group_size, sampling, random, together)
 
     @contextlib.contextmanager
-    def _weights(self, model: nn.Module) -> Iterator[bool]:
+    def _weights(self, parts: tuple[Part, ...]) -> Iterator[bool]:
         """Gives whether processes have to run the same passes."""
+        models = {id(part.model): part.model for part in parts}.values()
+        with contextlib.ExitStack() as stack:
+            cut_up = [stack.enter_context(self._weights_of(model)) for model in models]
+            yield any(cut_up)
+
+    @contextlib.contextmanager
+    def _weights_of(self, model: nn.Module) -> Iterator[bool]:
         if not sharded(model):
             yield False
             return
@@ -170,8 +187,7 @@ class InProcessGenerator:
 
     def _decode(
         self,
-        model: nn.Module,
-        inner: nn.Module,
+        parts: tuple[Part, ...],
         inputs: dict[str, Any],
         uniforms: Tensor,
         sampling: Sampling,
@@ -179,9 +195,9 @@ class InProcessGenerator:
     ) -> Completions:
         device = inputs["input_ids"].device
         decoder = Decoder(
-            Passes(model, inner),
+            passes_of(parts),
             Drawer(sampling, self._suppressed),
-            torch.tensor(self._ends(inner), dtype=torch.long, device=device),
+            torch.tensor(self._ends(parts[0].inner), dtype=torch.long, device=device),
             StopStrings(self._tokenizer, sampling.stop),
             (lambda on: bool(largest(int(on), device))) if together else bool,
             together,
@@ -211,10 +227,12 @@ class InProcessGenerator:
                 _append(result, *made)
         return result
 
-    def _is_able(self, model: nn.Module, inner: nn.Module, inputs: dict[str, Any], together: bool) -> bool:
+    def _is_able(self, part: Part, inputs: dict[str, Any], together: bool) -> bool:
+        inner = part.inner
         if inner not in self._able:
             self._able[inner] = True
-            reason = self._obstacle(model, inner, inputs, together)
+            with part.around():
+                reason = self._obstacle(part.model, inner, inputs, together)
             if several_processes() and largest(int(reason is not None), inner.device) and reason is None:
                 reason = "so says another process"
             if reason is not None:

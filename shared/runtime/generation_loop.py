@@ -61,6 +61,11 @@ class Past:
     positions: Tensor | None  # (R, 1), of the next token
     beside: dict[str, Tensor]  # (R, 1, ...)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the cache is copied with the next token, so that rows can leave at no cost."""
+        return is_full(self.cache)
+
     def expand(self, prompts: Tensor, group: int, tokens: int, *, keep: bool) -> Past:
         """For the completions, of at most so many tokens, of some prompts `(P,)`; see `expanded`."""
 
@@ -99,7 +104,9 @@ class Passes:
         takes = inspect.signature(type(inner).forward).parameters
         self._takes_positions = "position_ids" in takes
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self.takes_cache = "past_key_values" in takes
+        # transformers has called it cache since 5.24
+        self._cache = next((name for name in ("cache", "past_key_values") if name in takes), None)
+        self.takes_cache = self._cache is not None
 
     def prefill(self, inputs: dict[str, Any]) -> tuple[Tensor, Past]:
         """The prompts' last logits `(P, V)`, and their past."""
@@ -115,7 +122,7 @@ class Passes:
         if own_positions and positions is not None:
             positions = positions + self._body.rope_deltas.to(positions.device)
         return out.logits[:, -1], Past(
-            cache=out.past_key_values,
+            cache=out[self._cache],
             mask=None if bool(mask.all()) else mask,
             width=ids.shape[1],
             positions=positions,
@@ -129,8 +136,8 @@ class Passes:
         out = self._model(
             input_ids=tokens[:, None],
             attention_mask=None if past.mask is None else past.mask[:, :width],
-            past_key_values=past.cache,
             use_cache=True,
+            **{self._cache: past.cache},
             **where,
             **past.beside,
         )
@@ -143,7 +150,7 @@ class Decoder:
     """How completions are made from prompts that have been run.
 
     Args:
-        passes: of the model.
+        passes: of the model, or of a mixture; see shared.runtime.generation_mixture.
         drawer: chooses tokens.
         ends: `(E,)` end tokens, on the model's device.
         stops: stop strings.
@@ -193,7 +200,7 @@ class Decoder:
                 if not self.going_on(finished < len(record.index)):
                     break
                 # where the cache is copied anyway, leaving is free
-                worth = finished and (finished >= _SHARE * len(record.index) or is_full(past.cache))
+                worth = finished and (finished >= _SHARE * len(record.index) or past.is_full)
                 if worth and (stay := record.staying(self.together)) is not None:
                     past, uniforms, current = past.select(stay), uniforms[stay], current[stay]
                     seen = None if seen is None else seen[stay]

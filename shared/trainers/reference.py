@@ -13,6 +13,7 @@ Moving a reference while training: shared.trainers.reference_sync; running it on
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,6 +41,7 @@ from shared.trainers.reference_adapter import (
 from shared.trainers.reference_checks import check_reference_options
 
 Load = Callable[..., nn.Module]
+Around = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class Reference:
@@ -68,6 +70,17 @@ class Reference:
 
         Args:
             model: the policy's model as the engine wraps it.
+        """
+        raise NotImplementedError
+
+    def beside(self, model: nn.Module) -> contextlib.AbstractContextManager[tuple[nn.Module, Around]]:
+        """What is run for the reference's part of answers that it writes together with the policy, for a while.
+
+        Args:
+            model: the policy's model as the engine wraps it, in evaluation mode.
+
+        Returns:
+            A model, and what gives a context for each of its passes: between them the policy may run.
         """
         raise NotImplementedError
 
@@ -119,6 +132,10 @@ class AdapterOff(Reference):
         with torch.no_grad(), evaluating(model), adapter_in_use(unwrapped(model), self.adapter):
             yield model
 
+    @contextlib.contextmanager
+    def beside(self, model: nn.Module) -> Iterator[tuple[nn.Module, Around]]:
+        yield model, functools.partial(adapter_in_use, unwrapped(model), self.adapter)
+
 
 class FrozenCopy(Reference):
     """A model of its own, frozen: whole on each device, or cut up where the engine cuts up the policy.
@@ -145,6 +162,11 @@ class FrozenCopy(Reference):
             yield self.model
         if self.accelerator.is_fsdp2:
             reshard(self.model)
+
+    @contextlib.contextmanager
+    def beside(self, model: nn.Module) -> Iterator[tuple[nn.Module, Around]]:
+        with self.running(model) as own:
+            yield unwrapped(own), contextlib.nullcontext
 
 
 def make_reference(
