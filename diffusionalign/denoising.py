@@ -179,8 +179,8 @@ class DenoisingTrainer(DiffusionTrainerMixin, PolicyGradientTrainer):
         if int(self.accelerator.reduce(judged, "sum")) == 0:
             raise UserError(
                 f"No reward applies to any of the first {rollout.rows * self.args.world_size} pictures: "
-                f"{', '.join(self.rewards.names)} gave NaN or None for all of them. A reward gives a finite number for "
-                "each picture that it can judge."
+                f"{', '.join(self.rewards.names)} gave NaN or None for all of them. A reward gives a finite number "
+                "for each picture that it can judge."
             )
 
     def controllers(self) -> dict[str, Any]:
