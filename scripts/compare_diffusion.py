@@ -95,7 +95,7 @@ def trainer_of(facts: dict[str, Any], own_folder: str) -> Any:
         return ddpo(facts["run"], rewards, options, data)
     from diffusionalign import AlignPropConfig, AlignPropTrainer
 
-    return AlignPropTrainer("builtin/sd-small", rewards, AlignPropConfig(**options), **data)
+    return AlignPropTrainer("builtin/sd-small", rewards, AlignPropConfig(**options), **data, peft_config=None)
 
 
 def ddpo(advantages: str, rewards: list[str], options: dict[str, Any], data: dict[str, Any]) -> Any:
@@ -108,7 +108,7 @@ def ddpo(advantages: str, rewards: list[str], options: dict[str, Any], data: dic
 
     own = {} if advantages == "raw" else {"advantages": advantages}
     trainer_class = BareRewards if advantages == "raw" else DDPOTrainer
-    return trainer_class("builtin/sd-small", rewards, DDPOConfig(**options, **own), **data)
+    return trainer_class("builtin/sd-small", rewards, DDPOConfig(**options, **own), **data, peft_config=None)
 
 
 def one_run(facts: dict[str, Any], own_folder: str) -> dict[str, Any]:
