@@ -109,7 +109,13 @@ class TextPolicyGradientTrainer(TextReference, TokenPolicyGradientTrainer):
         )
         run = self.run
         engine = engine_of(args, run.tokenizer)
-        rewards: RewardSet = rewards_of(reward_funcs, args, run.train, processing_classes=reward_processing_classes)
+        rewards: RewardSet = rewards_of(
+            reward_funcs,
+            args,
+            run.train,
+            processing_classes=reward_processing_classes,
+            policy=(model, peft_config is not None or hasattr(model, "peft_config")),
+        )
         tell_doubts(args, len(rewards.names))
         check_best_metric(self, args, rewards.names, run.held_out)
         self.loaded_from = model if isinstance(model, str) else None

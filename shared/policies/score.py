@@ -38,11 +38,13 @@ class ScoreCall:
         index: `(N,)` positions in the flattened hidden states: `(B, T)` of whole rows, `(B, 1+T)` of shared prompts.
         shared: prompts and completions to be run apart; None: the rows of the call.
         half: said by the model: whether half precision took part.
+        head: in the place of the model's own.
     """
 
     index: Tensor
     shared: GroupedBatch | None = None
     half: bool = False
+    head: nn.Module | None = None
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -77,16 +79,25 @@ class ScorePolicy:
         model: the model, or a PEFT model around it. It is taught, in place, to answer `model(..., score_call=…)`;
             every other call goes on as before. A model whose own forward gives other scores is run by that.
         share_prefix: run each prompt once for its completions, where the model can and it saves work.
+        head: a score head for a model with another one, or none; it is no part of the model. Such a model has no
+            scores of its own to fall back to: see `taught`.
+        pad: with a head, the number of the pad token that the scores were learnt with; None: no token is one.
+
+    Attributes:
+        taught: whether the model answers a `score_call`.
     """
 
-    def __init__(self, model: nn.Module, *, share_prefix: bool = True):
+    def __init__(
+        self, model: nn.Module, *, share_prefix: bool = True, head: nn.Module | None = None, pad: int | None = None
+    ):
         inner = inner_model(model)
-        self.pad: int | None = inner.config.get_text_config().pad_token_id
+        self.head = head
+        self.pad: int | None = inner.config.get_text_config().pad_token_id if head is None else pad
         # prompt learning puts tokens of its own before each row
         learns_prompt = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-        self.taught = not learns_prompt and _teach(inner)
-        self._checked = not self.taught
-        self.sharing = PrefixSharing(inner, _body(inner), enabled=share_prefix and self.taught)
+        self.taught = not learns_prompt and _teach(inner, head)
+        self._checked = not self.taught or head is not None
+        self.sharing = PrefixSharing(inner, _body(inner, head), enabled=share_prefix and self.taught)
 
     def rewards(self, model: nn.Module, batch: GroupedBatch) -> Tensor:
         """One score a row, `(B,)` float32, of a model with one label.
@@ -104,7 +115,7 @@ class ScorePolicy:
         rows = whole_rows(batch)
         index = rows.completion_mask.flatten().nonzero().squeeze(1)
         self._check(model, rows)
-        return self._run(model, rows, ScoreCall(index))
+        return self._run(model, rows, ScoreCall(index, head=self.head))
 
     def _figures(self, model: nn.Module, batch: GroupedBatch, shared: bool) -> tuple[Tensor, bool]:
         return self._rewards(model, batch, shared)
@@ -114,10 +125,10 @@ class ScorePolicy:
             rows = trimmed(batch)
             last = tokens_to_last(rows.completion_ids, rows.completion_attention, self.pad)
             at = torch.arange(rows.rows, device=last.device) * (1 + rows.completion_ids.shape[1]) + last
-            call = ScoreCall(at, shared=in_model_type(model, rows))
+            call = ScoreCall(at, shared=in_model_type(model, rows), head=self.head)
         else:
             rows, at = self._last_of_rows(whole_rows(batch))
-            call = ScoreCall(at)
+            call = ScoreCall(at, head=self.head)
         return self._run(model, rows, call).squeeze(1), call.half
 
     def _last_of_rows(self, rows: GroupedBatch) -> tuple[GroupedBatch, Tensor]:
@@ -174,19 +185,19 @@ def _own(logits: Tensor, index: Tensor) -> Tensor:
     return (logits if logits.dim() == 2 else logits.flatten(0, 1)[index]).float()
 
 
-def _body(inner: nn.Module) -> nn.Module | None:
+def _body(inner: nn.Module, head: nn.Module | None = None) -> nn.Module | None:
     """The part below the head, where the head is applied to its last states and to nothing else."""
     body = getattr(inner, inner.base_model_prefix, None)
-    return None if body is inner or hasattr(body, "pooler") or head_of(inner) is None else body
+    return None if body is inner or hasattr(body, "pooler") or (head or head_of(inner)) is None else body
 
 
-def _teach(inner: nn.Module) -> bool:
+def _teach(inner: nn.Module, head: nn.Module | None = None) -> bool:
     """Teach a classifier to answer a ScoreCall; False where its shape does not allow it.
 
     As in shared.policies.token the forward of the instance is wrapped, so that whatever else handles the model goes on
     seeing transformers' class.
     """
-    if _body(inner) is None:
+    if _body(inner, head) is None:
         return False
     wrap_forward(inner, _score_forward, mark="takes_score_call")
     return True
@@ -197,12 +208,13 @@ def _score_forward(plain: Callable) -> Callable:
     def forward(self: nn.Module, *args: Any, score_call: ScoreCall | None = None, **kwargs: Any):
         if score_call is None:
             return plain(self, *args, **kwargs)
-        body, shared = _body(self), score_call.shared
+        head, shared = score_call.head or head_of(self), score_call.shared
+        body = _body(self, head)
         states = body(*args, **kwargs)[0] if shared is None else shared_hidden(body, shared)
         hidden = states.flatten(0, 1)[score_call.index]
-        if isinstance(getattr(self, "dropout", None), nn.Dropout):  # token classifiers have one before their head
-            hidden = self.dropout(hidden)
-        head = head_of(self)
+        dropout = getattr(self, "dropout", None) if score_call.head is None else None
+        if isinstance(dropout, nn.Dropout):  # token classifiers have one before their head
+            hidden = dropout(hidden)
         *_, weight = head.parameters()  # where an adapter trains a copy of the head: the copy's
         score_call.half = hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type)
         with torch.autocast(hidden.device.type, enabled=False):

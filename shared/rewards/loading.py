@@ -22,6 +22,7 @@ from shared.errors import UserError
 from shared.rewards import rules
 from shared.rewards.base import FunctionReward, Reward
 from shared.rewards.places import place_of
+from shared.rewards.spec_options import spec_options
 
 # Name -> function, or what makes one from arguments (`get_...`).
 REWARDS: dict[str, Callable[..., Any]] = {
@@ -60,7 +61,10 @@ DIFFERENTIABLE = (
 )  # fmt: skip
 CLASSIFIERS = ("sentiment-analysis:", "text-classification:")
 JUDGE = "judge:"
-SEEING = "visionalign.rewards.VLMRewardModel"  # which this package does not import: it is named, as a user's would be
+ADAPTER = "adapter:"
+# these are not imported by this package: they are named, as a user's would be
+SEEING = "visionalign.rewards.VLMRewardModel"
+OF_POLICY = "shared.trainers.reward_adapter.AdapterReward"
 
 
 def load_reward(spec: Any, *, processing_class: Any = None, device: Any = None) -> Reward:
@@ -76,6 +80,8 @@ def load_reward(spec: Any, *, processing_class: Any = None, device: Any = None) 
               process-reward model;
             - `sentiment-analysis:MODEL` or `sentiment-analysis:MODEL:LABEL`, a classifier, whose label (the positive
               one where none is named) is rewarded with its chance; `text-classification:` is the same;
+            - `adapter:PATH`, an adapter that RewardTrainer saved, run on the base model of the policy that an online
+              trainer trains by another adapter; more of AdapterReward's arguments follow as `|name=value`;
             - of generated images a name of `IMAGE_RULES`; or one of `IMAGE_MODELS`, alone for its public weights, or
               with others: `clip:MODEL`, `aesthetic:MODEL|HEAD`; more of its arguments follow as `|name=value`, as in
               `pickscore|dtype=bfloat16`;
@@ -147,6 +153,8 @@ def _plan_named(spec: str, processing_class: Any, device: Any) -> Callable[[], R
             return partial(_of_classifier, *_model_and_label(spec, prefix), processing_class, device)
     if spec.startswith(JUDGE):
         return partial(FunctionReward, _judge(spec))
+    if spec.startswith(ADAPTER):
+        return _adapter(spec, processing_class)
     if re.split(r"[:|]", spec)[0].strip() in IMAGE_MODELS:
         return _image_model(spec, processing_class, device)
     if spec in ("", ".", ".."):
@@ -280,7 +288,7 @@ def _image_model(spec: str, processing_class: Any, device: Any) -> Callable[[], 
     if not all(places) or len(places) > most or (not places and name == "imagereward"):
         form = f"{name}:MODEL|HEAD" if most > 1 else f"{name}:ENGINE" if name == "ocr" else f"{name}:MODEL"
         raise UserError(f"reward {spec!r}: expected {form}, and more arguments as |name=value.")
-    options = _options(spec, [part for part in parts if "=" in part])
+    options = spec_options(spec, [part for part in parts if "=" in part])
     if taken := {"model", "head", "engine"} & options.keys():
         raise UserError(f"reward {spec!r}: give {min(taken)} by its place, not by its name.")
     if name != "ocr":
@@ -296,29 +304,27 @@ def _judge(spec: str) -> Any:
     url, *rest = (part.strip() for part in spec.removeprefix(JUDGE).split("|"))
     if not rest or not rest[0]:
         raise UserError(f"reward {spec!r}: expected {JUDGE}URL|MODEL, and more arguments as |name=value.")
-    options = _options(spec, rest[1:])
+    options = spec_options(spec, rest[1:])
     if taken := {"base_url", "model"} & options.keys():
         raise UserError(f"reward {JUDGE}URL|MODEL: {min(taken)} is given twice.")
     return EndpointJudge(url, rest[0], **options)
 
 
-def _options(spec: str, parts: Sequence[str]) -> dict[str, Any]:
-    """The arguments that a spec gives as `name=value`."""
-    options = {}
-    for part in parts:
-        name, given, value = part.partition("=")
-        if not given or not name.strip().isidentifier():
-            raise UserError(f"reward {spec!r}: {part!r} is no name=value.")
-        options[name.strip()] = _literal(value.strip())
-    return options
+def _adapter(spec: str, processing_class: Any) -> Callable[[], Reward]:
+    """The reward that an adapter on the policy's base is, which is loaded when it is made."""
+    path, *rest = (part.strip() for part in spec.removeprefix(ADAPTER).split("|"))
+    if not path:
+        raise UserError(f"reward {spec!r}: expected {ADAPTER}PATH, and more arguments as |name=value.")
+    options = spec_options(spec, rest)
+    _check_model(path)
 
+    def make() -> Reward:
+        try:
+            return _imported(OF_POLICY)(path, processing_class, **options)
+        except TypeError as error:
+            raise UserError(f"reward {spec!r}: {error}.") from error
 
-def _literal(text: str) -> Any:
-    """A number, truth or None as Python writes it; anything else is text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    return make
 
 
 def _called(spec: str) -> Callable[[], Reward]:

@@ -7,7 +7,7 @@ models (textalign.reward, textalign.prm), judges that answer in words, and rewar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +16,8 @@ from torch import Tensor, nn
 
 from shared.builtin import is_builtin, model_path
 from shared.builtin.models import whole_layers
-from shared.data.rows import ROW
-from shared.data.schema import Kind
-from shared.data.tokenise import Tokeniser
-from shared.errors import DataError, UserError
-from shared.rewards.base import text_of
+from shared.errors import UserError
+from shared.rewards.answer_tokens import AnswerTokens, in_batches
 
 HEADS = {"ForSequenceClassification": 1, "ForTokenClassification": 2}  # kind of model -> outputs of its head
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}  # by PEFT's name
@@ -82,20 +79,8 @@ class ModelReward:
         *,
         batch_size: int | None = None,
     ) -> list[Any]:
-        """What `score` gives for each row, rows of like length together.
-
-        Args:
-            rows: in any order.
-            length: of a row.
-            score: gets at most `batch_size` rows, and gives one value for each.
-            batch_size: None: that of the reward.
-        """
-        order = sorted(range(len(rows)), key=lambda at: length(rows[at]))
-        size, found = batch_size or self.batch_size, {}
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
-            found |= zip(part, score([rows[at] for at in part]), strict=True)
-        return [found[at] for at in range(len(rows))]
+        """See the function; `batch_size` None: that of the reward."""
+        return in_batches(rows, length, score, batch_size or self.batch_size)
 
     def place(self) -> torch.device:
         """Where the model is; put there at the first call, when each process has taken its device."""
@@ -148,19 +133,16 @@ class RewardModel(ModelReward):
         if steps not in STEPS:
             raise UserError(f"steps is {steps!r}; allowed: {', '.join(STEPS)}.")
         super().__init__(model, tokenizer, batch_size=batch_size, device=device, options=options)
-        self.tokenizer = tokenizer = self.processor
+        self.tokenizer = self.processor
         self.by_step = kind_of_scorer(self.model).endswith("ForTokenClassification")
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        tell_padding(self.model, tokenizer)
-        self.steps, self.step_separator = steps, step_separator
-        self.tokeniser = Tokeniser(
-            tokenizer,
-            Kind.STEPWISE if self.by_step else Kind.UNPAIRED,
+        self.answers = AnswerTokens(
+            self.tokenizer,
+            step_separator=step_separator if self.by_step else None,
             max_length=max_length,
             template_kwargs=template_kwargs,
-            step_separator=step_separator,
         )
+        tell_padding(self.model, self.tokenizer)
+        self.steps = steps
 
     def load(self, name: str, processor: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:
         return load_scorer(name, processor, options)
@@ -178,60 +160,19 @@ class RewardModel(ModelReward):
             UserError: images are to be scored.
             DataError: a row that cannot be written or read, named by its place.
         """
-        if completions is None or any(map(_shows, prompts)) or any(map(_shows, completions)):
-            raise UserError(
-                f"{self.__name__} reads text alone, and what it is to score has images. Use a reward model that sees "
-                "them (VLMRewardTrainer makes one), or a function that hands it the text."
-            )
-        rows = self._tokens(list(zip(prompts, completions, strict=True)))
+        rows = self.answers.rows(self.__name__, prompts, completions)
         return self.in_batches(rows, lambda row: len(row["input_ids"]), self._scores)
-
-    def _tokens(self, pairs: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:
-        """Rows of `input_ids`, of a process-reward model with their `step_ends`."""
-        rows, found = {}, {}
-        for at, (prompt, completion) in enumerate(pairs):
-            said = text_of(completion)
-            if self.by_step:
-                steps = [step for step in said.split(self.step_separator) if step.strip()] or [""]
-                rows[at] = {"prompt": prompt, "completions": steps, "labels": [True] * len(steps)}
-            elif said.strip():
-                rows[at] = {"prompt": prompt, "completion": completion, "label": True}
-            else:  # nothing was answered: no row of a data set is like it, yet it has a score
-                word = "." if isinstance(completion, str) else [{"role": "assistant", "content": "."}]
-                asked = self.tokeniser.ask({"prompt": prompt, "completion": word, ROW: at})
-                found[at] = {"input_ids": [*asked.prompt_ids, self.tokenizer.eos_token_id]}
-        batch = self.tokeniser.encode(list(rows.values()), list(rows))
-        if batch.bad:
-            raise DataError(next(iter(batch.bad.values())))
-        for at, record in zip(batch.rows, batch.records, strict=True):
-            whole = [*record["prompt_ids"], *record["completion_ids"]] if "prompt_ids" in record else None
-            found[at] = record if whole is None else {"input_ids": whole}
-        return [found[at] for at in range(len(pairs))]
 
     @torch.no_grad()
     def _scores(self, rows: Sequence[dict[str, Any]]) -> list[float]:
         device = self.place()
-        width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        attention = torch.zeros_like(ids)
-        for at, row in enumerate(rows):
-            ids[at, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
-            attention[at, : len(row["input_ids"])] = 1
+        ids, attention = self.answers.padded(rows)
         logits: Tensor = self.model(input_ids=ids.to(device), attention_mask=attention.to(device)).logits.float()
         if not self.by_step:
             return logits.squeeze(1).tolist()
         chances = logits.softmax(-1)[..., 1].cpu()
         choose = STEPS[self.steps]
         return [choose(chances[at, torch.as_tensor(row["step_ends"])].tolist()) for at, row in enumerate(rows)]
-
-
-def _shows(said: Any) -> bool:
-    """Whether a prompt or an output is, or holds, something else than text."""
-    if isinstance(said, str):
-        return False
-    contents = [turn.get("content") for turn in said] if isinstance(said, (list, tuple)) else [[said]]
-    parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
-    return any(not isinstance(part, Mapping) or part.get("type", "text") != "text" for part in parts)
 
 
 def current_device() -> torch.device:

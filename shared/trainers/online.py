@@ -42,6 +42,7 @@ from shared.trainers.online_sampling import resampled, scored, scored_beside
 from shared.trainers.online_state import Place, load_state, save_state
 from shared.trainers.pictures import Pictures
 from shared.trainers.readying import evaluated_model
+from shared.trainers.reward_adapter import AdapterReward
 from shared.trainers.rollout import (
     Actor,
     Buffer,
@@ -94,6 +95,9 @@ class OnlineTrainer(AlignTrainer):
         steps = math.ceil(args.num_train_epochs * len(rows) / prompts_a_step)
         self.steps_in_all = args.max_steps if args.max_steps > 0 else steps
         args.ignore_data_skip = True  # where a run goes on is in its buffer and cursor
+        for reward in rewards.rewards:
+            if isinstance(reward, AdapterReward):
+                reward.join(self, model, args)
         super().__init__(
             model,
             args,

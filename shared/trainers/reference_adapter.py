@@ -54,6 +54,13 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return found
 
 
+def trained_outside(model: Any, part: nn.Module | None = None) -> list[str]:
+    """The names of the weights that are trained beside a PEFT model's adapters; in a part of it, where that is given."""
+    inside = {id(tensor) for name in model.peft_config for tensor in adapter_tensors(model, name).values()}
+    named = (part or model).named_parameters()
+    return [name for name, p in named if p.requires_grad and id(p) not in inside]
+
+
 def check_can_be_switched(model: Any, *, trains_nothing_else: bool = True) -> None:
     """See that a model with its adapter off stays what it is, whatever is trained.
 
@@ -73,9 +80,7 @@ def check_can_be_switched(model: Any, *, trains_nothing_else: bool = True) -> No
         )
     if not trains_nothing_else:
         return
-    inside = {id(tensor) for name in model.peft_config for tensor in adapter_tensors(model, name).values()}
-    outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-    if outside:
+    if outside := trained_outside(model):
         more = f" and {len(outside) - NAMED} more" if len(outside) > NAMED else ""
         raise UserError(
             f"The model trains weights outside of its adapter: {', '.join(outside[:NAMED])}{more}. They stay changed "
@@ -112,15 +117,26 @@ def add_reference_adapter(model: Any, name: str = REFERENCE_ADAPTER) -> None:
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # others take the base's weights apart a second time
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    with preserved_randomness():
-        model.add_adapter(name, config)
+    add_frozen_adapter(model, name, config)
     with torch.no_grad():
         source = adapter_tensors(model, adapter)
         for place, tensor in adapter_tensors(model, name).items():
             tensor.data = source[place].detach().clone()
-    for place, parameter in model.named_parameters():
-        parameter.requires_grad_(trained.get(place, False))
+
+
+def add_frozen_adapter(model: Any, name: str, config: Any) -> None:
+    """Put an adapter beside the one that is trained and stays in use: frozen, left out where the model is saved.
+
+    Args:
+        model: a PEFT model.
+        name: of the new adapter.
+        config: its PEFT configuration.
+    """
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    with preserved_randomness():
+        model.add_adapter(name, config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
     keep_out_of_training(model, name)
 
 

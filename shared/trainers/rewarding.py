@@ -16,6 +16,7 @@ from shared.rewards.combine import RewardSet
 from shared.trainers.online import OnlineTrainer
 from shared.trainers.online_evaluation import figure_names
 from shared.trainers.recipes import doubtful
+from shared.trainers.reward_adapter import AdapterReward
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,13 @@ def refuse_unknown(trainer: str, given: Mapping[str, Any]) -> None:
 
 
 def rewards_of(
-    given: Any, args: Any, rows: Any, *, processing_classes: Any = None, beside: Collection[str] = GIVEN
+    given: Any,
+    args: Any,
+    rows: Any,
+    *,
+    processing_classes: Any = None,
+    beside: Collection[str] = GIVEN,
+    policy: tuple[Any, bool] | None = None,
 ) -> RewardSet:
     """The rewards, by the trainer's argument or, where that is None, by its options.
 
@@ -57,9 +64,11 @@ def rewards_of(
         rows: the training rows, whose columns the functions may take.
         processing_classes: one a reward, or None.
         beside: what the functions may take besides; `GIVEN_WITH_IMAGES` where images are made.
+        policy: the trainer's model or its name, and whether an adapter is trained on it; None: not known yet.
 
     Raises:
-        UserError: there is no reward, it is not known, or it takes a column that is not there.
+        UserError: there is no reward, it is not known, it takes a column that is not there, or the policy cannot carry
+            it.
     """
     wanted = args.reward_funcs if given is None else given
     if isinstance(wanted, (list, tuple)) and not wanted:
@@ -78,6 +87,9 @@ def rewards_of(
     data = getattr(rows, "dataset", rows)
     columns = column_names(data) if hasattr(data, "__len__") else list(next(islice(iter(data), 1), {}))
     rewards.check({*columns, *beside})
+    for reward in rewards.rewards if policy is not None else ():
+        if isinstance(reward, AdapterReward):
+            reward.check_policy(policy[0], args, has_adapter=policy[1])
     return rewards
 
 
