@@ -112,7 +112,7 @@ class SFTTrainer(SupervisedTrainer):
         peft_config: Any = None,
         formatting_func: Callable[[dict], str] | None = None,
     ):
-        _refuse(
+        refuse_whole_logits(
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -194,7 +194,8 @@ class SFTTrainer(SupervisedTrainer):
         return {name.removeprefix("_"): value for name, value in metrics.items()}, []
 
 
-def _refuse(**given: Any) -> None:
+def refuse_whole_logits(**given: Any) -> None:
+    """Raise UserError for an argument that is given, of those in NOT_TAKEN."""
     for name, value in given.items():
         if value is not None:
             raise UserError(f"{name} is not taken: logits of whole rows never exist here. {NOT_TAKEN[name]}")

@@ -20,7 +20,7 @@ from typing import Any
 
 from shared.data.chat import token_ranges
 from shared.data.cutting import Limits
-from shared.data.records import Record, Tokens, answers_row, given_tokens, steps_row, whole_row
+from shared.data.records import Record, Tokens, answers_row, given_tokens, prompt_row, steps_row, whole_row
 from shared.data.rows import ROW
 from shared.data.schema import Kind
 from shared.data.text_checks import check_tokens
@@ -282,12 +282,14 @@ class Tokeniser:
         """A row's columns after cutting, and how many tokens its parts had."""
         if self.kind in SUPERVISED:
             return whole_row(own[0], number, self.limits)
+        if self.kind is Kind.PROMPT_ONLY:
+            return prompt_row(own[0], number, self.limits)
         if self.kind is Kind.STEPWISE:
             return steps_row(own[0], row, number, self.limits, last_only=self.last_step_only)
         return answers_row(own, row, self.kind, number, self.limits)
 
     def _teaches_no_end(self, record: Record) -> bool:
-        if self.kind is Kind.STEPWISE:
+        if self.kind in (Kind.STEPWISE, Kind.PROMPT_ONLY):
             return False
         if "learnt" in record:
             return self._last_said(record["input_ids"], record["learnt"].rfind(1) + 1) not in self._ends

@@ -39,6 +39,19 @@ def whole_row(own: Tokens, number: int, limits: Limits) -> tuple[Record, dict[st
     return {"input_ids": ids[keep], "learnt": kept}, {"row": len(ids)}
 
 
+def prompt_row(own: Tokens, number: int, limits: Limits) -> tuple[Record, dict[str, int]]:
+    """`input_ids` of a prompt without an answer, and `learnt`, none of them; its tokens before cutting.
+
+    Raises:
+        DataError: it is empty.
+    """
+    ids, _ = own
+    if not ids:
+        raise DataError(f"row {number}: prompt is empty, so there is nothing to go on from")
+    keep, _ = limits.kept_parts(len(ids), [0])
+    return {"input_ids": ids[keep], "learnt": bytes(len(ids[keep]))}, {"prompt": len(ids)}
+
+
 def answers_row(
     own: list[Tokens], row: Mapping[str, Any], kind: Kind, number: int, limits: Limits
 ) -> tuple[Record, dict[str, int]]:

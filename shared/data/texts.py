@@ -94,6 +94,8 @@ class Writer:
             return self._pair(row, number)
         if self.kind is Kind.STEPWISE:
             return [self._steps(row, number)]
+        if self.kind is Kind.PROMPT_ONLY:
+            return [self.ask(row, number)[0]]
         prompt, answer = row.get("prompt"), row.get("completion")
         if self.kind is not Kind.MESSAGES and isinstance(prompt, str) and isinstance(answer, str):
             whole = self.kind is Kind.PROMPT_COMPLETION and self.loss_on == "all"

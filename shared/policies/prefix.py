@@ -176,7 +176,7 @@ class PrefixSharing:
         """
         if not self._possible:
             return False
-        together = _sharded(model)
+        together = is_sharded(model)
         saved = _saved(batch)
         if saved > 0 and self._recomputes(model):
             saved = _CANNOT
@@ -273,7 +273,7 @@ def _sample(batch: GroupedBatch) -> GroupedBatch:
     )
 
 
-def _sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass of the model gathers parameters from other processes (ZeRO-3, FSDP)."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False

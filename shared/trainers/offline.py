@@ -64,6 +64,7 @@ class OfflineTrainer(AlignTrainer):
             )
         for batch in batches:
             self.row_notes.update(batch.notes)
+        batches = self.rewritten(batches)
         counts = [{"seen": batch.seen(), **self.step_counts(batch)} for batch in batches]
         names = list(counts[0])
         sums = torch.stack([torch.stack([torch.as_tensor(c[name]) for name in names]) for c in counts]).sum(0)
@@ -75,9 +76,17 @@ class OfflineTrainer(AlignTrainer):
         self.prepare_step(batches)
         return batches, self.step["counted"]
 
+    def rewritten(self, batches: list[GroupedBatch]) -> list[GroupedBatch]:
+        """The micro-batches of a step as they are trained on: as they were read, unless a trainer writes answers."""
+        return batches
+
     def step_counts(self, batch: GroupedBatch) -> dict[str, Tensor]:
         """What the losses are divided by, as scalars: their sums over the whole optimizer step are `self.step`."""
         return {"counted": batch.counted_tokens()}
+
+    def logs_this_step(self) -> bool:
+        """For what costs a pass over the vocabulary, such as the entropy: it is taken at the steps that are logged."""
+        return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
 
     def prepare_step(self, batches: list[GroupedBatch]) -> None:
         """Called before the micro-batches of an optimizer step, for what all of them share."""
@@ -195,16 +204,12 @@ class SupervisedTrainer(OfflineTrainer):
         """This micro-batch's share of the step's mean loss per counted token, times the number of processes."""
         weight = self.args.world_size / self.step["counted"]
         loss, stats = self.policy.action_objective(
-            model, inputs, lambda logp, at: self.objective(logp) * weight, entropy=self._logs_this_step()
+            model, inputs, lambda logp, at: self.objective(logp) * weight, entropy=self.logs_this_step()
         )
         self.record("mean_token_accuracy", stats.correct.sum(), stats.correct.numel())
         if stats.entropy is not None:
             self.record("entropy", stats.entropy.sum(), stats.entropy.numel())
         return (loss, stats) if return_outputs else loss
-
-    def _logs_this_step(self) -> bool:
-        """Entropy costs a pass over the vocabulary: it is taken at the steps that are logged."""
-        return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
 
     def evaluation_sums(self, model: nn.Module, batch: GroupedBatch) -> dict[str, Tensor]:
         _, stats = self.policy.action_objective(model, batch, lambda logp, at: self.objective(logp), entropy=True)
