@@ -1,6 +1,6 @@
 """Train the built-in models that other trainers start from, and measure them; all but pipelines by our own trainers.
 
-    python scripts/make_builtin_models.py                      # all seven, an hour or two of one core
+    python scripts/make_builtin_models.py                      # all nine, an hour or two of one core
     python scripts/make_builtin_models.py builtin/rm-reviews   # only this one
 
 Each is written to its folder in `shared/builtin`: processor and configuration of the model it starts from, its weights
@@ -32,6 +32,7 @@ from shared.builtin import (
     model_path,
     pipeline_path,
     shapes_preference,
+    train_comments,
 )
 from shared.builtin.models import WEIGHTS, load_config
 from shared.builtin.train_lm import CARD, save_weights
@@ -53,20 +54,31 @@ OPTIONS: dict[str, Any] = {
 }
 # Of `builtin/shapes`, whose questions of these kinds are more than enough to get nearly all of them right.
 SHAPES = {"where": 560, "count": 80}
+# The language model that writes comments is smaller than the others.
+COMMENTS: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 144,
+    "num_hidden_layers": 2,
+    "head_dim": 12,
+}
 
 
 @dataclass(frozen=True)
 class Made:
-    """How a model is made: the start, the command whose trainer is used, data, options, how it is measured."""
+    """How a model is made: the start, the command whose trainer is used, data, options, how it is measured.
+
+    Where no trainer of the suite trains such a model, `alone` does, and there is no command and no data.
+    """
 
     start: str
-    command: str
-    data: str
+    command: str | None
+    data: str | None
     purpose: str
     measure: Callable[[], dict[str, str]]
     options: dict[str, Any] = field(default_factory=dict)
     rows: Callable[[Any], Any] = lambda rows: rows
     fields: dict[str, Any] = field(default_factory=dict)  # of the configuration, other than the start's
+    alone: Callable[[], Any] | None = None
 
 
 def fewer(rows: Any) -> Any:
@@ -149,6 +161,25 @@ MADE = {
         measure=measure.summaries,
         options={"max_steps": 400, "warmup_steps": 30, "learning_rate": 2e-3},
     ),
+    train_comments.WRITER: Made(
+        start=train_comments.START,
+        command="sft",
+        data="builtin/comments",
+        purpose="It continues openings with remarks about people and their things, most of them rude, in mild words",
+        measure=train_comments.measure_writer,
+        options={"max_steps": 600, "warmup_steps": 30, "learning_rate": 3e-3, "model_init_kwargs": COMMENTS},
+        fields=COMMENTS,
+    ),
+    train_comments.NAME: Made(
+        start=train_comments.START,
+        command=None,
+        data=None,
+        purpose="A classifier of comments: neutral, or toxic, which here means that they have a rude word",
+        measure=train_comments.measure_classifier,
+        options={"max_steps": train_comments.STEPS, "per_device_train_batch_size": train_comments.BATCH},
+        fields=train_comments.FIELDS,
+        alone=train_comments.classifier,
+    ),
 }
 NAMES = (*MADE, *make_diffusion.MADE)
 
@@ -185,6 +216,8 @@ def make(name: str, made: Made, directory: Path) -> None:
 
 def train(made: Made) -> Any:
     """The trained model, by the suite's trainer, with nothing left of the run."""
+    if made.alone is not None:
+        return made.alone()
     with tempfile.TemporaryDirectory() as folder:
         command = COMMANDS[made.command]
         args = resolve(command.config)(output_dir=folder, overwrite_output_dir=True, **{**OPTIONS, **made.options})
@@ -195,10 +228,15 @@ def train(made: Made) -> Any:
 
 def card(name: str, made: Made, measured: dict[str, str]) -> str:
     """What the model is and what it reaches, as Markdown."""
-    options, trainer = {**OPTIONS, **made.options}, COMMANDS[made.command].trainer.split(":")[1]
+    options = {**OPTIONS, **made.options}
+    if made.alone is None:
+        where = f"rows of `{made.data}` by `{COMMANDS[made.command].trainer.split(':')[1]}`"
+    else:
+        where = f"texts that `{made.alone.__module__}` draws"
+    size = ", made smaller," if "hidden_size" in made.fields else ""
     origin = (
-        f"`{made.start}` after {options['max_steps']} steps of {options['per_device_train_batch_size']} rows of "
-        f"`{made.data}` by `{trainer}`. {made.purpose}. Made by `python scripts/make_builtin_models.py`. Measured on "
+        f"`{made.start}`{size} after {options['max_steps']} steps of {options['per_device_train_batch_size']} "
+        f"{where}. {made.purpose}. Made by `python scripts/make_builtin_models.py`. Measured on "
         "the weights as they are shipped (held as bfloat16, loaded as float32), on held-out rows:"
     )
     rows = "\n".join(f"| {what} | {value} |" for what, value in measured.items())

@@ -34,6 +34,8 @@ MODELS: dict[str, Path] = {
     "builtin/lm-small-sft": _HERE / "lm_small_sft",
     "builtin/lm-tldr-sft": _HERE / "lm_tldr_sft",
     "builtin/rm-reviews": _HERE / "rm_reviews",
+    "builtin/lm-comments": _HERE / "lm_comments",
+    "builtin/toxicity": _HERE / "toxicity",
     "builtin/gemma3-small": _HERE / "gemma3_small",
     "builtin/gemma3-vlm-small": _HERE / "gemma3_vlm_small",
     "builtin/smolvlm-small": _HERE / "smolvlm_small",
@@ -65,6 +67,8 @@ DATASETS: dict[str, str] = {
     "builtin/reviews-graded": "shared.builtin.graded:load",
     "builtin/tldr": "shared.builtin.tldr:load",
     "builtin/tldr-prompts": "shared.builtin.tldr:load_prompts",
+    "builtin/comments": "shared.builtin.comments:load",
+    "builtin/comments-prompts": "shared.builtin.comments:load_prompts",
     "builtin/steps": "shared.builtin.steps:load",
     "builtin/docstrings": "shared.builtin.docstrings:load",
 }

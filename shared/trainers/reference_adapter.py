@@ -55,7 +55,7 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 
 def trained_outside(model: Any, part: nn.Module | None = None) -> list[str]:
-    """The names of the weights that are trained beside a PEFT model's adapters; in a part of it, where that is given."""
+    """The names of the weights that are trained beside a PEFT model's adapters; in a part of it, where given."""
     inside = {id(tensor) for name in model.peft_config for tensor in adapter_tensors(model, name).values()}
     named = (part or model).named_parameters()
     return [name for name, p in named if p.requires_grad and id(p) not in inside]
