@@ -1,7 +1,8 @@
 """A model behind an OpenAI-compatible endpoint as a judge: it is shown prompt and answer, and asked for a number.
 
 Requests go out by the standard library, several at once, and are sent again where a server is busy or fails.
-Deliberately not here: judges that compare two answers, and servers that generate (shared.runtime.servers).
+Deliberately not here: judges that compare two answers (pairwise.py), and servers that generate
+(shared.runtime.servers).
 """
 
 from __future__ import annotations
@@ -50,7 +51,77 @@ class JudgeError(UserError):
     """The judge gave no score for an answer."""
 
 
-class EndpointJudge:
+class ChatEndpoint:
+    """A model behind `/v1/chat/completions` that is asked for its judgement.
+
+    Args:
+        base_url, model, timeout, retries, backoff, max_concurrency, api_key_env: as of EndpointJudge.
+        options: more for the request.
+        low, high: numbers of the judge, which are checked with the others.
+
+    Raises:
+        UserError: an argument that cannot work, or the variable is not set.
+    """
+
+    remote = True  # so that a RewardSet runs it beside other rewards
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        timeout: float,
+        retries: int,
+        backoff: float,
+        max_concurrency: int,
+        api_key_env: str | None,
+        options: dict[str, Any],
+        low: float = 0,
+        high: float = 1,
+    ):
+        _check_options(options, type(self))
+        _check_numbers(low, high, timeout, retries, backoff, max_concurrency)
+        if not model:
+            raise UserError("The judge has no model: give its name at the server.")
+        if api_key_env is not None and not VARIABLE.fullmatch(api_key_env):
+            raise UserError("The judge's api_key_env is no name: give that of the environment variable with the key.")
+        if api_key_env is not None and not os.environ.get(api_key_env):
+            raise UserError(
+                f"The judge's key is to come from the environment variable {api_key_env}, which is not set."
+            )
+        self._client = JsonClient(
+            base_url,
+            api_key=os.environ[api_key_env] if api_key_env else None,
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+            repeat_slow=True,
+        )
+        self.__name__ = f"judge_{model.rsplit('/', 1)[-1]}"
+        self.model, self.options = model, options
+        self.url = self._client.url + PATH
+        self.max_concurrency, self.api_key_env = max_concurrency, api_key_env
+
+    def reply(self, messages: list[dict[str, Any]], stop: threading.Event) -> tuple[str, bool]:
+        """What the model replies, and whether that was cut off.
+
+        Raises:
+            JudgeError: the server cannot be asked, or sends something else.
+        """
+        body = {"model": self.model, "messages": messages, **{"temperature": 0, **self.options}}
+        try:
+            reply = self._client.post(PATH, body, stop=stop)
+        except ServerError as error:
+            raise JudgeError(str(error)) from error
+        try:
+            choice = reply["choices"][0]
+            return choice["message"]["content"] or "", choice.get("finish_reason") == "length"
+        except (LookupError, TypeError, AttributeError) as error:
+            said = json.dumps(reply)[:200]
+            raise JudgeError(f"{self.url} sent {said}, which is no chat completion") from error
+
+
+class EndpointJudge(ChatEndpoint):
     """Scores answers by a language or vision-language model behind `/v1/chat/completions`.
 
     Its score is brought to 0 … 1. It is the number in the last line of the reply, if nothing else stands there; or
@@ -80,7 +151,6 @@ class EndpointJudge:
         [1.0]
     """
 
-    remote = True  # so that a RewardSet runs it beside other rewards
     takes = "pil"
 
     def __init__(
@@ -98,29 +168,20 @@ class EndpointJudge:
         api_key_env: str | None = None,
         **options: Any,
     ):
-        _check_options(options)
-        _check_numbers(low, high, timeout, retries, backoff, max_concurrency)
-        if not model:
-            raise UserError("The judge has no model: give its name at the server.")
-        if api_key_env is not None and not VARIABLE.fullmatch(api_key_env):
-            raise UserError("The judge's api_key_env is no name: give that of the environment variable with the key.")
-        if api_key_env is not None and not os.environ.get(api_key_env):
-            raise UserError(
-                f"The judge's key is to come from the environment variable {api_key_env}, which is not set."
-            )
-        self._client = JsonClient(
+        super().__init__(
             base_url,
-            api_key=os.environ[api_key_env] if api_key_env else None,
+            model,
             timeout=timeout,
             retries=retries,
             backoff=backoff,
-            repeat_slow=True,
+            max_concurrency=max_concurrency,
+            api_key_env=api_key_env,
+            options=options,
+            low=low,
+            high=high,
         )
-        self.__name__ = f"judge_{model.rsplit('/', 1)[-1]}"
-        self.model, self.prompt, self.low, self.high, self.options = model, prompt, low, high, options
-        self.fields = _fields(prompt or PROMPT)
-        self.url = self._client.url + PATH
-        self.max_concurrency, self.api_key_env = max_concurrency, api_key_env
+        self.prompt, self.low, self.high = prompt, low, high
+        self.fields = template_fields(prompt or PROMPT)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """Scores of answers, between 0 and 1.
@@ -163,27 +224,13 @@ class EndpointJudge:
         """What the judge replies, and whether that was cut off."""
         images = [*_images(prompt, row), *([completion] if _is_image(completion) else [])]
         said = "(the image)" if _is_image(completion) else text_of(completion)
-        filled = {**row, "prompt": _request(prompt), "completion": said, "low": self.low, "high": self.high}
+        filled = {**row, "prompt": request_text(prompt), "completion": said, "low": self.low, "high": self.high}
         asked = self.prompt or (PROMPT_OF_IMAGES if _is_image(completion) else PROMPT)
         content: Any = asked.format_map(filled)
         if images:
             shown = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
             content = [*shown, {"type": "text", "text": content}]
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            **{"temperature": 0, **self.options},
-        }
-        try:
-            reply = self._client.post(PATH, body, stop=stop)
-        except ServerError as error:
-            raise JudgeError(str(error)) from error
-        try:
-            choice = reply["choices"][0]
-            return choice["message"]["content"] or "", choice.get("finish_reason") == "length"
-        except (LookupError, TypeError, AttributeError) as error:
-            said = json.dumps(reply)[:200]
-            raise JudgeError(f"{self.url} sent {said}, which is no chat completion") from error
+        return self.reply([{"role": "user", "content": content}], stop)
 
     def _score(self, reply: str, cut: bool = False) -> float:
         score = score_in(reply, self.low, self.high, cut=cut)
@@ -228,8 +275,8 @@ def score_in(reply: str, low: float, high: float, *, cut: bool = False) -> float
     raise JudgeError(f"the judge gave no number, but {reply[-200:]!r}")
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
-    own = [name for name in inspect.signature(EndpointJudge).parameters if name != "options"]
+def _check_options(options: Mapping[str, Any], judge: type) -> None:
+    own = [name for name in inspect.signature(judge).parameters if name != "options"]
     for name in options:
         if is_secret(name):
             raise UserError(
@@ -261,7 +308,12 @@ def _check_numbers(
         raise UserError(f"The judge's timeout is {timeout} seconds: it must be more than 0.")
 
 
-def _fields(template: str) -> set[str]:
+def template_fields(template: str) -> set[str]:
+    """The names that a judge's prompt has in braces.
+
+    Raises:
+        UserError: what is in braces is no name.
+    """
     try:
         parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
@@ -275,7 +327,7 @@ def _fields(template: str) -> set[str]:
     return {name for name, _, _ in parts}
 
 
-def _request(prompt: Any) -> str:
+def request_text(prompt: Any) -> str:
     """A prompt in words: itself, what its one message says, or all messages with their roles."""
     if isinstance(prompt, str) or len(prompt) == 1:
         return text_of(prompt)

@@ -22,7 +22,7 @@ from shared.errors import UserError
 from shared.rewards import rules
 from shared.rewards.base import FunctionReward, Reward
 from shared.rewards.places import place_of
-from shared.rewards.spec_options import spec_options
+from shared.rewards.spec_options import endpoint_of, spec_options
 
 # Name -> function, or what makes one from arguments (`get_...`).
 REWARDS: dict[str, Callable[..., Any]] = {
@@ -147,10 +147,12 @@ def _plan_named(spec: str, processing_class: Any, device: Any) -> Callable[[], R
             raise UserError(f"{spec} makes a reward of its arguments: {spec}{_signature(REWARDS[spec])}.")
         return partial(_of_callable, REWARDS[spec])
     if spec in IMAGE_RULES:
-        return lambda: FunctionReward(_imported(IMAGE_RULES[spec]))
+        return lambda: FunctionReward(imported(IMAGE_RULES[spec]))
     for prefix in CLASSIFIERS:
         if spec.startswith(prefix):
-            return partial(_of_classifier, *_model_and_label(spec, prefix), processing_class, device)
+            named, *rest = (part.strip() for part in spec.split("|"))
+            options = {"device": device, **spec_options(spec, rest)}
+            return partial(_of_classifier, *_model_and_label(named, prefix), processing_class, options)
     if spec.startswith(JUDGE):
         return partial(FunctionReward, _judge(spec))
     if spec.startswith(ADAPTER):
@@ -165,7 +167,7 @@ def _plan_named(spec: str, processing_class: Any, device: Any) -> Callable[[], R
         if spec.rstrip().endswith(")") and "(" in spec:
             return _called(spec)
         if "/" not in spec:
-            return partial(_of_callable, _imported(spec))
+            return partial(_of_callable, imported(spec))
     _check_model(spec)
     return partial(_of_named_model, spec, processing_class, device)
 
@@ -192,7 +194,7 @@ def _of_named_model(name: str, processing_class: Any, device: Any) -> Reward:
     place = str(model_path(name)) if is_builtin(name) else name
     if processing_class is None and _may_see(base_config(place)):
         processing_class = _processor_at(place)
-    scorer = _imported(SEEING) if _sees(processing_class) else RewardModel
+    scorer = imported(SEEING) if _sees(processing_class) else RewardModel
     return FunctionReward(scorer(name, processing_class, device=device))
 
 
@@ -205,10 +207,10 @@ def _sees(processing_class: Any) -> bool:
     return hasattr(processing_class, "image_processor") or hasattr(processing_class, "video_processor")
 
 
-def _of_classifier(name: str, label: str | None, processing_class: Any, device: Any) -> Reward:
+def _of_classifier(name: str, label: str | None, processing_class: Any, options: dict[str, Any]) -> Reward:
     from shared.rewards.classifiers import ClassifierReward
 
-    return FunctionReward(ClassifierReward(name, processing_class, label=label, device=device))
+    return FunctionReward(ClassifierReward(name, processing_class, **{"label": label, **options}))
 
 
 def _of_model(model: Any, processing_class: Any) -> Reward:
@@ -222,7 +224,7 @@ def _of_model(model: Any, processing_class: Any) -> Reward:
     if processing_class is None:
         processing_class = _processor_beside(inner)
     if _may_see(inner.config) and _sees(processing_class):
-        return FunctionReward(_imported(SEEING)(model, processing_class))
+        return FunctionReward(imported(SEEING)(model, processing_class))
     classifies = type(inner).__name__.endswith("ForSequenceClassification") and labels > 1
     return FunctionReward((ClassifierReward if classifies else RewardModel)(model, processing_class))
 
@@ -295,19 +297,14 @@ def _image_model(spec: str, processing_class: Any, device: Any) -> Callable[[], 
         for model in places[:1]:
             _check_model(model)
         options = {"device": device, "processor": processing_class, **options}
-    return lambda: FunctionReward(_imported(IMAGE_MODELS[name])(*places, **options))
+    return lambda: FunctionReward(imported(IMAGE_MODELS[name])(*places, **options))
 
 
 def _judge(spec: str) -> Any:
     from shared.rewards.judges import EndpointJudge
 
-    url, *rest = (part.strip() for part in spec.removeprefix(JUDGE).split("|"))
-    if not rest or not rest[0]:
-        raise UserError(f"reward {spec!r}: expected {JUDGE}URL|MODEL, and more arguments as |name=value.")
-    options = spec_options(spec, rest[1:])
-    if taken := {"base_url", "model"} & options.keys():
-        raise UserError(f"reward {JUDGE}URL|MODEL: {min(taken)} is given twice.")
-    return EndpointJudge(url, rest[0], **options)
+    url, model, options = endpoint_of(spec, JUDGE)
+    return EndpointJudge(url, model, **options)
 
 
 def _adapter(spec: str, processing_class: Any) -> Callable[[], Reward]:
@@ -320,7 +317,7 @@ def _adapter(spec: str, processing_class: Any) -> Callable[[], Reward]:
 
     def make() -> Reward:
         try:
-            return _imported(OF_POLICY)(path, processing_class, **options)
+            return imported(OF_POLICY)(path, processing_class, **options)
         except TypeError as error:
             raise UserError(f"reward {spec!r}: {error}.") from error
 
@@ -338,7 +335,7 @@ def _called(spec: str) -> Callable[[], Reward]:
         arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{form}.") from error
-    function = REWARDS.get(name) or _imported(IMAGE_RULES.get(name, name))
+    function = REWARDS.get(name) or imported(IMAGE_RULES.get(name, name))
     try:
         inspect.signature(function).bind_partial(**arguments)
         if inspect.isclass(function):  # it may load a model
@@ -357,8 +354,12 @@ def _is_reward(function: Any) -> bool:
     return bool({"prompts", "completions", "completion_ids", "samples", "images"} & set(names))
 
 
-def _imported(path: str) -> Callable[..., Any]:
-    """What a dotted path names; modules of the working directory are found too."""
+def imported(path: str) -> Callable[..., Any]:
+    """What a dotted path names, which can be called; modules of the working directory are found too.
+
+    Raises:
+        UserError: there is no such thing.
+    """
     module, _, name = path.rpartition(".")
     if not module:
         names = [*REWARDS, *IMAGE_RULES, *IMAGE_MODELS]

@@ -28,6 +28,21 @@ def spec_options(spec: str, parts: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def endpoint_of(spec: str, prefix: str) -> tuple[str, str, dict[str, Any]]:
+    """Address, model and more arguments of a judge that is named `PREFIX URL|MODEL|name=value`.
+
+    Raises:
+        UserError: there is no model, or an argument is no name=value.
+    """
+    url, *rest = (part.strip() for part in spec.removeprefix(prefix).split("|"))
+    if not rest or not rest[0]:
+        raise UserError(f"reward {spec!r}: expected {prefix}URL|MODEL, and more arguments as |name=value.")
+    options = spec_options(spec, rest[1:])
+    if taken := {"base_url", "model"} & options.keys():
+        raise UserError(f"reward {prefix}URL|MODEL: {min(taken)} is given twice.")
+    return url, rest[0], options
+
+
 def _literal(text: str) -> Any:
     """A number, truth or None as Python writes it; anything else is text."""
     try:

@@ -138,6 +138,27 @@ COMMANDS: dict[str, Command] = {
         summary="Summaries by RLOO: rloo, which writes summaries of posts where no model is named.",
         stem="rloo",
     ),
+    "online-dpo": Command(
+        options="textalign.online_preference_options:OnlineDPOOptions",
+        config="textalign.online_preference:OnlineDPOConfig",
+        trainer="textalign.online_preference:OnlineDPOTrainer",
+        script="dpo_online",
+        summary="Learn from pairs of the model's own answers, of which rewards or a judge prefer one (online DPO).",
+    ),
+    "xpo": Command(
+        options="textalign.online_preference_options:XPOOptions",
+        config="textalign.online_preference:XPOConfig",
+        trainer="textalign.online_preference:XPOTrainer",
+        script="xpo",
+        summary="Learn from pairs of an own answer and the reference's, with a bonus for exploration (XPO).",
+    ),
+    "nash-md": Command(
+        options="textalign.online_preference_options:NashMDOptions",
+        config="textalign.online_preference:NashMDConfig",
+        trainer="textalign.online_preference:NashMDTrainer",
+        script="nash_md",
+        summary="Learn which own answers are preferred to those of a mixture with the reference (Nash-MD).",
+    ),
     "sft-vlm": Command(
         options="visionalign.options:VLMSFTOptions",
         config="visionalign.sft:VLMSFTConfig",

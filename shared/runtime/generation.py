@@ -154,12 +154,13 @@ class InProcessGenerator:
                     return self._decode(parts, inputs, uniforms, sampling, together)
                 except UnknownCache as error:
                     self._give_up(inner, str(error))
-            if isinstance(model, Mixture):
+            if len(parts) > 1:
                 raise UserError(
                     f"A mixture of models is written with their key/value caches, which "
                     f"{' and '.join(sorted({type(part.inner).__name__ for part in parts}))} cannot (see the warning)."
                 )
-            return self._whole_rows(model, inner, inputs, group_size, sampling, random, together)
+            with parts[0].around():
+                return self._whole_rows(parts[0].model, inner, inputs, group_size, sampling, random, together)
 
     @contextlib.contextmanager
     def _weights(self, parts: tuple[Part, ...]) -> Iterator[bool]:

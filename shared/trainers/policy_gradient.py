@@ -94,14 +94,7 @@ class PolicyGradientTrainer(OnlineTrainer):
                 figures |= {f"rewards/{name}/mean": values.mean(), f"rewards/{name}/std": values.std()}
         figures["frac_reward_zero_std"] = zero_std_groups(total, self.args.num_generations).float().mean()
         if self.actor.unit == "token":
-            ended = lengths[truncated == 0]
-            figures |= {
-                "completions/mean_length": lengths.mean(),
-                "completions/min_length": lengths.min(),
-                "completions/max_length": lengths.max(),
-                "completions/clipped_ratio": truncated.mean(),
-                "completions/mean_terminated_length": ended.mean() if len(ended) else ended.new_zeros(()),
-            }
+            figures |= completion_figures(lengths, truncated)
         return {name: float(value) for name, value in figures.items()}
 
     # ---- Log-probabilities before the update -----------------------------------------------------------------------
@@ -255,6 +248,18 @@ class FlatActions:
     def losses(self, logp: Tensor, at: slice) -> Tensor:
         old, ref = (None if values is None else values[at] for values in (self.old, self.ref))
         return self.objective.action_losses(logp, old, self.advantages[at], ref=ref) * self.weights[at]
+
+
+def completion_figures(lengths: Tensor, truncated: Tensor) -> dict[str, Tensor]:
+    """How long completions are, by their lengths and whether they were cut, both `(B,)` float."""
+    ended = lengths[truncated == 0]
+    return {
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": truncated.mean(),
+        "completions/mean_terminated_length": ended.mean() if len(ended) else ended.new_zeros(()),
+    }
 
 
 def _split(whole: Tensor, facts: int) -> tuple[Tensor, list[Tensor]]:

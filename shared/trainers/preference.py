@@ -268,8 +268,13 @@ def dpo_objective(args: Any) -> PairObjective:
     return paired_objective(args, use_weighting=args.use_weighting)
 
 
-def paired_objective(args: Any, **more: Any) -> PairObjective:
+def paired_objective(args: Any, *, beta: float | None = None, **more: Any) -> PairObjective:
     """The objective that PairLossOptions with a `beta` ask for, whatever the two answers of a pair are.
+
+    Args:
+        args: the options.
+        beta: in place of theirs.
+        more: as of pair_objective.
 
     Raises:
         ValueError: options that are unknown or out of range.
@@ -277,7 +282,7 @@ def paired_objective(args: Any, **more: Any) -> PairObjective:
     return pair_objective(
         args.loss_type,
         args.loss_weights,
-        beta=args.beta,
+        beta=args.beta if beta is None else beta,
         label_smoothing=args.label_smoothing,
         discopop_tau=args.discopop_tau,
         f_divergence=args.f_divergence_type,

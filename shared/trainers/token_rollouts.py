@@ -18,7 +18,7 @@ from shared.errors import UserError
 from shared.policies.base import GroupedBatch
 from shared.policies.token import TokenPolicy
 from shared.rewards.base import Sample
-from shared.runtime.generation import Generator, InProcessGenerator, Sampling
+from shared.runtime.generation import Completions, Generator, InProcessGenerator, Mixture, Sampling
 from shared.runtime.servers import ServerGenerator
 from shared.trainers.rollout import Rollout
 
@@ -121,17 +121,24 @@ class TokenActor:
 
     def act(
         self,
-        model: nn.Module,
+        model: nn.Module | Mixture | tuple[nn.Module | Mixture, ...],
         rows: Sequence[dict[str, Any]],
         group_size: int,
         *,
         random: torch.Generator | None = None,
         mode: str = "train",
     ) -> Rollout:
+        """See Actor.act.
+
+        Args:
+            model: what writes; of several, each writes an equal share of a prompt's completions, in their order.
+        """
         prompts = self.encoder.prompts(rows)
-        done = self.engine.generate(
-            model, self.encoder.inputs(prompts), group_size, self.sampling[mode], random=random
-        )
+        inputs, sampling = self.encoder.inputs(prompts), self.sampling[mode]
+        writers = model if isinstance(model, tuple) else (model,)
+        share, rest = divmod(group_size, len(writers))
+        assert not rest, "the writers share a group equally"
+        done = _woven([self.engine.generate(each, inputs, share, sampling, random=random) for each in writers], share)
         rollout = self._rollout(TokenActions(prompts, done.ids), rows, group_size)
         rollout.truncated = ~torch.tensor(done.finished)
         rollout.logp = done.logp
@@ -211,6 +218,20 @@ class TokenActor:
         images, prompt = self.encoder.shown({**sample.columns, "prompt": sample.prompt})
         output = sample.output
         return images, prompt, output if isinstance(output, str) else output[-1]["content"]
+
+
+def _woven(parts: Sequence[Completions], share: int) -> Completions:
+    """Completions of the same prompts by several writers, `share` a prompt each, prompt by prompt."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = range(0, len(parts[0].ids), share)
+    places = [(part, at) for start in starts for part in parts for at in range(start, start + share)]
+    known = all(part.logp is not None for part in parts)
+    return Completions(
+        [part.ids[at] for part, at in places],
+        [part.logp[at] for part, at in places] if known else None,
+        [part.finished[at] for part, at in places],
+    )
 
 
 # option of SamplingOptions -> its name in Sampling and in generation_kwargs

@@ -178,10 +178,10 @@ def test_the_reward_model_of_vision_language_models_by_name():
 
 
 def test_every_name_says_whether_it_has_a_gradient():
-    from shared.rewards.loading import _imported
+    from shared.rewards.loading import imported
 
     for name, path in IMAGE_MODELS.items():
-        kind = _imported(path)
+        kind = imported(path)
         assert kind.differentiable is (name in DIFFERENTIABLE)
         assert name == "ocr" or (issubclass(kind, ImageModel) and kind.label == name)
 
