@@ -64,6 +64,8 @@ class ClassifierReward(ModelReward):
             if value not in allowed:
                 raise UserError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
         super().__init__(model, tokenizer, batch_size=batch_size, device=device, options=options)
+        if label is not None:  # rewards of several labels are told apart
+            self.__name__ += f":{label}"
         model, self.tokenizer = self.model, copy.deepcopy(self.processor)
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         if self.tokenizer.pad_token is None:

@@ -110,7 +110,11 @@ def test_by_name_pipeline_and_module(tiny, tmp_path):
     for spec, label in specs.items():
         reward = load_reward(spec, device="cpu")
         assert reward(rows, {}).tolist() == pytest.approx(expected[:, label].tolist(), abs=1e-5)
-        assert reward.__name__ == tmp_path.name
+        assert reward.__name__ == tmp_path.name + spec.partition(str(tmp_path))[2]
+    odds = load_reward(f"sentiment-analysis:{tmp_path}:neg|output=logit|batch_size=1", device="cpu")
+    assert odds(rows, {}).tolist() == pytest.approx(expected[:, 0].logit().tolist(), abs=1e-4)
+    with pytest.raises(UserError, match="'logit' is no name=value"):
+        load_reward(f"sentiment-analysis:{tmp_path}:neg|logit")
     for reward in (
         load_reward(model, processing_class=tokenizer),
         load_reward(pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")),
