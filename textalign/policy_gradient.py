@@ -49,8 +49,8 @@ class RLOOConfig(OnlineConfig, RLOOOptions, TextConfig):
             raise UserError(f"reward_clip_range {bounds}: give two numbers, the least reward and the greatest.")
 
 
-class TextPolicyGradientTrainer(TextReference, TokenPolicyGradientTrainer):
-    """Base of the text trainers that are rewarded for what they write.
+class RewardedText(TextReference):
+    """What a text trainer that is rewarded for what it writes adds to a policy-gradient trainer.
 
     Args:
         model: hub id, folder or built-in name, or a loaded model (a PEFT model too).
@@ -146,11 +146,15 @@ class TextPolicyGradientTrainer(TextReference, TokenPolicyGradientTrainer):
         return f"{type(self).__name__.removesuffix('Trainer')}: {self.run.model_name}"
 
 
+class TextPolicyGradientTrainer(RewardedText, TokenPolicyGradientTrainer):
+    """Base of the text trainers that compare the samples of a prompt. Arguments as RewardedText."""
+
+
 class GRPOTrainer(TextPolicyGradientTrainer):
     """Group relative policy optimisation and its family on text.
 
     Shao et al. 2024, arXiv:2402.03300; `args.recipe` names presets of the others. Arguments as
-    TextPolicyGradientTrainer. Another rule for advantages: override `advantages`.
+    RewardedText. Another rule for advantages: override `advantages`.
 
     Example:
         >>> trainer = GRPOTrainer("Qwen/Qwen3-0.6B", "accuracy_reward", train_dataset=rows)  # doctest: +SKIP
@@ -166,7 +170,7 @@ class GRPOTrainer(TextPolicyGradientTrainer):
 class RLOOTrainer(LeaveOneOutTrainer, TextPolicyGradientTrainer):
     """REINFORCE leave-one-out on text (Ahmadian et al. 2024, arXiv:2402.14740).
 
-    The ratio is that of whole completions. Arguments as TextPolicyGradientTrainer.
+    The ratio is that of whole completions. Arguments as RewardedText.
     """
 
     config_class = RLOOConfig

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shared.data.collators import left_padded
 from shared.data.rows import ROW, Rows
-from shared.data.schema import Kind
+from shared.data.schema import Kind, column_names
 from shared.data.tokenise import Tokeniser
 from shared.errors import DataError, UserError
 from shared.runtime.models import load_config, position_limit
@@ -19,6 +19,8 @@ from shared.trainers.token_rollouts import Prompt, PromptsOnce
 from textalign.preparing import TextRun, hub_options, load_tokenizer, name_of
 
 NOT_COLUMNS = ("prompt", "completion", "messages", "conversations")  # not handed to rewards beside the prompt
+TOKEN_COLUMNS = ("input_ids", "attention_mask")
+PROMPT_IDS = "__prompt_ids"  # the column of prompts that are given as tokens
 
 
 class TextPrompts(PromptsOnce):
@@ -36,7 +38,7 @@ class TextPrompts(PromptsOnce):
         self.run, self.tokenizer, self.longest = run, run.tokenizer, longest
 
     def made(self, row: dict[str, Any]) -> tuple[Prompt, str | None]:
-        ids = self.run.tokeniser.ask(row).prompt_ids
+        ids = row[PROMPT_IDS] if PROMPT_IDS in row else self.run.tokeniser.ask(row).prompt_ids
         if not ids:
             raise DataError(f"row {row.get(ROW, 0)}: prompt is empty, so there is nothing to go on from")
         if self.longest is None or len(ids) <= self.longest:
@@ -106,3 +108,33 @@ def _room(model: str | nn.Module, args: Any) -> int | None:
         what = f"{longest} {lengths[longest]}" + ("" if asked is None else f" and max_prompt_length {asked}")
         raise UserError(f"{what}: this model has {positions} positions, for prompt and completion together.")
     return room if asked is None else asked
+
+
+def prompts_are_tokens(rows: Any) -> bool:
+    """Whether rows hold their prompts as `input_ids` and not as `prompt`; False for what is no data set."""
+    if rows is None or isinstance(rows, (str, dict)):
+        return False
+    names = set(column_names(rows)) if hasattr(rows, "__len__") else set(next(iter(rows), {}))
+    return "input_ids" in names and not names & {"prompt", "messages", "conversations"}
+
+
+def with_texts(rows: Any, tokenizer: Any) -> Any:
+    """Rows of tokens with the prompts' texts beside them; any other rows as they are.
+
+    Args:
+        rows: with `input_ids`, and an `attention_mask` where they are padded.
+        tokenizer: reads the tokens.
+    """
+    if not prompts_are_tokens(rows):
+        return rows
+
+    def with_text(row: Mapping[str, Any]) -> dict[str, Any]:
+        ids = torch.as_tensor(row["input_ids"])
+        ids = ids[torch.as_tensor(row["attention_mask"]).bool()] if "attention_mask" in row else ids
+        others = {name: value for name, value in row.items() if name not in TOKEN_COLUMNS}
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return {**others, "prompt": text, PROMPT_IDS: ids.tolist()}
+
+    if isinstance(rows, (list, tuple)):
+        return [with_text(row) for row in rows]
+    return rows.map(with_text, remove_columns=[name for name in column_names(rows) if name in TOKEN_COLUMNS])

@@ -149,6 +149,7 @@ class AlignOptions:
     """
 
     training_arguments: ClassVar[bool] = True  # the parser takes all fields of TrainingArguments besides these
+    aliases: ClassVar[dict[str, str]] = {}  # names under which an option is known elsewhere, and taken -> its name
 
     output_dir: str | None = option(None, "Folder for the model, the checkpoints and the run report.")
     overwrite_output_dir: bool = option(False, "Start anew in a folder that holds another run.")

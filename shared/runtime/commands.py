@@ -159,6 +159,13 @@ COMMANDS: dict[str, Command] = {
         script="nash_md",
         summary="Learn which own answers are preferred to those of a mixture with the reference (Nash-MD).",
     ),
+    "ppo": Command(
+        options="textalign.ppo_options:PPOOptions",
+        config="textalign.ppo:PPOConfig",
+        trainer="textalign.ppo:PPOTrainer",
+        script="ppo",
+        summary="Learn from rewards of the model's own answers with a value function that judges each token (PPO).",
+    ),
     "sft-vlm": Command(
         options="visionalign.options:VLMSFTOptions",
         config="visionalign.sft:VLMSFTConfig",

@@ -113,6 +113,7 @@ def parse_arguments(
     """
     sections = _sections(groups)
     known = {name: option for _, options in sections for name, option in options.items()}
+    aliases = {name: own for group in groups for name, own in getattr(group, "aliases", {}).items()}
     words = list(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
         if os.environ.get("RANK", "0") == "0":
@@ -120,14 +121,16 @@ def parse_arguments(
         raise SystemExit(0)
 
     errors: list[str] = []
-    line, config = _read_command_line(words, known, errors)
-    given = {item.name: item for item in _read_file(config, known, errors)} if config else {}
+    line, config = _read_command_line(words, known, aliases, errors)
+    given = {item.name: item for item in _read_file(config, known, aliases, errors)} if config else {}
     given |= {item.name: item for item in line}
     values = _convert(given.values(), known, errors)
     _raise(errors)
     default_file = recipe(dict(values)) if recipe else None
     if default_file is not None:
-        below = {item.name: item for item in _read_file(str(default_file), known, errors) if item.name not in given}
+        below = {
+            item.name: item for item in _read_file(str(default_file), known, aliases, errors) if item.name not in given
+        }
         values = _convert(below.values(), known, errors) | values
         given = below | given
     errors += _without_effect(given, known)
@@ -205,13 +208,14 @@ def _stray(word: str) -> str:
 
 
 def _read_command_line(
-    words: Sequence[str], known: dict[str, Option], errors: list[str]
+    words: Sequence[str], known: dict[str, Option], aliases: dict[str, str], errors: list[str]
 ) -> tuple[list[_Given], str | None]:
     found: dict[str, _Given] = {}
     config: str | None = None
     for item in _split(words, errors):
         if item.name in IGNORED:
             continue
+        item.name = aliases.get(item.name, item.name)
         negated = item.name not in known and item.name.startswith("no_") and item.name[3:] in known
         name = item.name[3:] if negated else item.name
         if name == "config":
@@ -252,7 +256,7 @@ def _unknown(item: _Written, known: dict[str, Option]) -> str:
     return f"{item.word}: unknown option." + (f" Did you mean --{meant}?" if meant else "") + " (--help lists all)"
 
 
-def _read_file(path: str, known: dict[str, Option], errors: list[str]) -> list[_Given]:
+def _read_file(path: str, known: dict[str, Option], aliases: dict[str, str], errors: list[str]) -> list[_Given]:
     given: dict[str, _Given] = {}
     try:
         entries = read_yaml(path)
@@ -261,6 +265,7 @@ def _read_file(path: str, known: dict[str, Option], errors: list[str]) -> list[_
         return []
     for entry in entries:
         name = entry.key.replace("-", "_")
+        name = aliases.get(name, name)
         place = f"{path}, line {entry.line}: "
         if name not in known:
             meant = closest(name, known)

@@ -97,6 +97,7 @@ class ConfigClass(type):
             name: hint for base in reversed(cls.__mro__) for name, hint in vars(base).get("not_taken", {}).items()
         }
         own = {field.name for field in fields(cls)}
+        given = _renamed(given, cls.aliases)
         for name in given:
             if name in hints and name not in own:
                 raise UserError(f"{name} is not an option of {cls.__name__}. {hints[name]}")
@@ -248,6 +249,16 @@ class AlignConfig(AlignOptions, TrainingArguments, metaclass=ConfigClass):
         from accelerate.utils import broadcast_object_list
 
         self.output_dir = broadcast_object_list([self.output_dir])[0]
+
+
+def _renamed(given: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Options by their names here; raises UserError where one is given under two."""
+    renamed: dict[str, Any] = {}
+    for name, value in given.items():
+        if (known := aliases.get(name, name)) in renamed:
+            raise UserError(f"{name}: another name of {known}, which is given too. Give one of them.")
+        renamed[known] = value
+    return renamed
 
 
 def _is_own(group: type) -> bool:

@@ -9,16 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
 from shared.errors import UserError
 from shared.trainers.reference import AdapterOff, FrozenCopy, Reference, unwrapped
 from shared.trainers.reference_adapter import adapter_tensors, gathered, trained_adapter
 from shared.trainers.reference_checks import check_moves
+from shared.trainers.tensor_files import local, read_tensors, write_tensors
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -45,7 +43,7 @@ def sync_reference(policy_model: nn.Module, reference: Reference, *, alpha: floa
         sources = dict(unwrapped(policy_model).named_parameters())
     for name, target in targets.items():
         with gathered(sources[name]), gathered(target, write=True):
-            here, there = _local(target), _local(sources[name])
+            here, there = local(target), local(sources[name])
             if here.is_floating_point():
                 here.lerp_(there.to(here.dtype), alpha)
 
@@ -73,7 +71,6 @@ class SyncReference(TrainerCallback):
             sync_reference(model, self.reference, alpha=self.alpha)
 
 
-@torch.no_grad()
 def save_reference(
     policy_model: nn.Module, reference: Reference, folder: str | Path, *, writes: bool, file: str = REFERENCE_FILE
 ) -> None:
@@ -88,17 +85,9 @@ def save_reference(
     """
     if not reference.synced:
         return
-    held = {}
-    for name, tensor in _weights(policy_model, reference).items():
-        with gathered(tensor):
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if writes:
-                held[name] = whole.detach().to("cpu", copy=True).contiguous()
-    if writes:
-        save_file(held, Path(folder) / file)
+    write_tensors(_weights(policy_model, reference), Path(folder) / file, writes=writes)
 
 
-@torch.no_grad()
 def load_reference(
     policy_model: nn.Module, reference: Reference, folder: str | Path, *, file: str = REFERENCE_FILE
 ) -> None:
@@ -112,18 +101,8 @@ def load_reference(
     path = Path(folder) / file
     if not path.is_file():
         raise UserError(f"{folder} holds no {file}: it was written by a run without a reference that moves.")
-    targets = _weights(policy_model, reference)
-    with safe_open(path, framework="pt") as file:
-        if set(file.keys()) != set(targets):
-            raise UserError(
-                f"{path} holds another model's reference. Resume with the options of the run; see run.yaml."
-            )
-        for name, target in targets.items():
-            with gathered(target, write=True):
-                whole = file.get_tensor(name).to(target.device)
-                if isinstance(target, DTensor):
-                    whole = distribute_tensor(whole, target.device_mesh, target.placements)
-                _local(target).copy_(_local(whole))
+    otherwise = "holds another model's reference. Resume with the options of the run; see run.yaml."
+    read_tensors(_weights(policy_model, reference), path, otherwise=otherwise)
 
 
 def _weights(policy_model: nn.Module, reference: Reference) -> dict[str, Tensor]:
@@ -133,8 +112,3 @@ def _weights(policy_model: nn.Module, reference: Reference) -> dict[str, Tensor]
     if isinstance(reference, AdapterOff) and reference.synced and reference.adapter is not None:
         return adapter_tensors(unwrapped(policy_model), reference.adapter)
     raise UserError("This reference is not made to be moved: make it with make_reference(…, synced=True).")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What this process holds; both sides of a move are cut up alike."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
