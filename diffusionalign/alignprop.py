@@ -250,7 +250,7 @@ class AlignPropTrainer(DiffusionTrainerMixin, OnlineTrainer):
         self._remember(
             inputs, images[: len(samples)].detach(), parts.detach(), total.detach().where(judged, torch.nan)
         )
-        loss = loss * args.world_size / self.step["rows"]
+        loss = loss * args.world_size / self.step_sums["rows"]
         return (loss, images) if return_outputs else loss
 
     def _sampled_with_gradient(

@@ -206,5 +206,5 @@ class DiffusionNFTTrainer(DenoisingTrainer):
             self.record("reference_distance", distance.sum(), len(distance))
         moved = mean_squared_error(given.detach(), before)
         self.record("old_distance", moved.sum(), len(moved))
-        loss = losses.sum() * (args.world_size / self.step["actions"])
+        loss = losses.sum() * (args.world_size / self.step_sums["actions"])
         return (loss, losses) if return_outputs else loss

@@ -250,7 +250,7 @@ class ActorCriticTrainer(PolicyGradientTrainer):
         )  # fmt: skip
         for name, (total, count) in found.items():
             self.record(name, total, count)
-        share = self.step["actions"] / self.args.world_size  # what takes the step's mean apart again
+        share = self.step_sums["actions"] / self.args.world_size  # what takes the step's mean apart again
         for name, loss in (("loss/policy", policy), ("loss/value", value)):
             self.record(name, loss.detach() * share, mask.sum())
         if stats.entropy is not None:

@@ -115,7 +115,7 @@ class OnlineTrainer(AlignTrainer):
         self.drawn_before = 0  # prompts, when the round under way began
         self.first_number = 0  # in the run, of the first sample that is taken next on this process
         self.alarms = Alarms()
-        self.step: dict[str, Tensor] = {}
+        self.step_sums: dict[str, Tensor] = {}
         self._phase = 0  # micro-batches of the current optimizer step that have been drawn
         self._noted: dict[str, list[float]] = defaultdict(list)  # figures of rounds since the last log
         self._seconds: dict[str, float] = defaultdict(float)
@@ -180,7 +180,7 @@ class OnlineTrainer(AlignTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[MicroBatch], num_batches: int, device: torch.device):
         """The micro-batches of one optimizer step, and what its losses are divided by.
 
-        Sets `self.step`: `rows` and `actions` over all micro-batches and processes, at least 1.
+        Sets `self.step_sums`: `rows` and `actions` over all micro-batches and processes, at least 1.
         """
         self.begun, batches = Place.of(self), []
         for self._phase in range(num_batches):
@@ -188,7 +188,7 @@ class OnlineTrainer(AlignTrainer):
         self._phase, self.begun = 0, None
         counts = torch.tensor([batch.counts for batch in batches], dtype=torch.float64).sum(0)
         rows, actions = self.accelerator.reduce(counts.float().to(device), "sum").clamp(min=1)
-        self.step = {"rows": rows, "actions": actions}
+        self.step_sums = {"rows": rows, "actions": actions}
         self._actions["update"] += float(rows if self.actor.makes_images else actions)
         self._totals["samples"] += float(rows)
         if self.actor.unit == "token":

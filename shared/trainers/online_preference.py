@@ -163,11 +163,11 @@ class OnlinePreferenceTrainer(OnlineTrainer):
 
     def prepare_step(self, batches: list[MicroBatch]) -> None:
         """What terms that are means over tokens are divided by."""
-        self.step["chosen_tokens"] = torch.ones((), device=self.args.device)
+        self.step_sums["chosen_tokens"] = torch.ones((), device=self.args.device)
         if self.trained == 2 and PER_TOKEN & set(self.objective.names):
             tokens = [_chosen_tokens(micro.batch) for micro in batches]
             total = torch.stack(tokens).sum().float().to(self.args.device)
-            self.step["chosen_tokens"] = self.accelerator.reduce(total, "sum").clamp(min=1)
+            self.step_sums["chosen_tokens"] = self.accelerator.reduce(total, "sum").clamp(min=1)
 
     def compute_loss(
         self,
@@ -205,7 +205,7 @@ class OnlinePreferenceTrainer(OnlineTrainer):
         own = counted.repeat_interleave(2)
         own[1::2] &= self.both_own
         self._record_own(*(values[own].detach() for values in (*sums, tokens)))
-        return losses.total(pairs=self.step["rows"], tokens=self.step["chosen_tokens"])
+        return losses.total(pairs=self.step_sums["rows"], tokens=self.step_sums["chosen_tokens"])
 
     @property
     def objective(self) -> PairObjective:
@@ -319,7 +319,7 @@ class NashPreferenceTrainer(OnlinePreferenceTrainer):
         self._record_own(*sums, mask[counted].sum(1).float())
         if self._logs_next():
             self._measure_pairs(inputs, *sums, beta)
-        return losses.sum() / self.step["rows"]
+        return losses.sum() / self.step_sums["rows"]
 
     @torch.no_grad()
     def _measure_pairs(self, inputs: MicroBatch, own: Tensor, own_ref: Tensor, beta: float) -> None:

@@ -210,7 +210,7 @@ class PolicyGradientTrainer(OnlineTrainer):
 
     def action_weights(self, mask: Tensor) -> Tensor:
         """`(B, T)` what each action's loss is multiplied by, times the number of processes, whose mean is taken."""
-        rows, actions = self.step["rows"], self.step["actions"]
+        rows, actions = self.step_sums["rows"], self.step_sums["actions"]
         return self.objective.weights(mask, rows=rows, actions=actions) * self.args.world_size
 
     def _remember(self, inputs: MicroBatch, logp: Tensor) -> None:

@@ -82,7 +82,7 @@ class TokenPolicyGradientTrainer(PolicyGradientTrainer):
         own = torch.cat([m.batch.columns["entropy"][m.batch.action_mask.bool()] for m in batches]).to(self.args.device)
         everyones = self.accelerator.pad_across_processes(own, pad_index=float("nan"))
         everyones = self.accelerator.gather(everyones)
-        self.step["entropies"] = everyones[~everyones.isnan()]
+        self.step_sums["entropies"] = everyones[~everyones.isnan()]
 
     def compute_loss(
         self,
@@ -100,7 +100,7 @@ class TokenPolicyGradientTrainer(PolicyGradientTrainer):
         separable = objective.separable(old is None)
         bonus = None
         if coef := self._bonus_coef():  # of the step's mean entropy, whatever the loss is divided by
-            bonus = -coef * self.args.world_size * mask / self.step["actions"]
+            bonus = -coef * self.args.world_size * mask / self.step_sums["actions"]
         if (factor := self._factor(columns, mask)) is not None:  # of the policy term alone
             if separable and objective.importance != "token":
                 weights = weights * factor
@@ -136,7 +136,7 @@ class TokenPolicyGradientTrainer(PolicyGradientTrainer):
         """`(B, T)` what the policy term of each action is multiplied by; None: by 1."""
         factor = columns.get("correction")
         if self._selects:
-            share, everywhere = self.args.top_entropy_quantile, self.step["entropies"]
+            share, everywhere = self.args.top_entropy_quantile, self.step_sums["entropies"]
             chosen = top_entropy(columns["entropy"], mask, share, everywhere=everywhere).float()
             factor = chosen if factor is None else factor * chosen
         return factor

@@ -69,7 +69,7 @@ def test_the_loss_of_a_round_by_hand(kind, tmp_path):
     micro = trainer.micro_batch(buffer, [0, 1, 2, 3])
     batch, schedule, adapter = micro.batch, trainer.actor.schedule, trainer.adapter
     assert micro.counts == (4, 8) and batch.at.shape == (4, 2) and torch.equal(batch.clean, rollout.actions.final)
-    trainer.step = {"rows": torch.tensor(4.0), "actions": torch.tensor(8.0)}
+    trainer.step_sums = {"rows": torch.tensor(4.0), "actions": torch.tensor(8.0)}
     micros = [replace(micro, batch=part) for part in batch.parts(3)]
     parts = [trainer.compute_loss(trainer.model, each).item() for each in micros]
 
