@@ -274,7 +274,8 @@ class StepByStep:
     def _spread(self, rollout: Rollout) -> dict[str, float]:
         """Means of what the round's actions were worth, over all processes."""
         named = {"returns/mean": "returns", "advantages/mean": "advantages", "values/mean": "values"}
-        sums = torch.stack([moment_sums(torch.cat(rollout.columns[name])) for name in named.values()])
+        counted = torch.cat(rollout.columns.get("counted", [torch.ones_like(row) for row in rollout.old]))
+        sums = torch.stack([moment_sums(torch.cat(rollout.columns[name]), counted) for name in named.values()])
         return {name: mean_and_variance(own)[0].item() for name, own in zip(named, self._everyones(sums), strict=True)}
 
 
