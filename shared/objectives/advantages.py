@@ -23,17 +23,18 @@ CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "s
 
 
 def weighted_rewards(rewards_BK: Tensor, weights_K: Tensor) -> Tensor:
-    """`Σ_k weight_k · reward_k` over the rewards that apply; NaN for a row to which none does.
+    """`Σ_k weight_k · reward_k` over the rewards that apply; NaN for a row to which none that counts does.
 
     Args:
         rewards_BK: `(B, K)`, NaN where a reward does not apply.
-        weights_K: `(K,)`.
+        weights_K: `(K,)`; a reward of weight 0 is measured and does not count.
 
     Returns:
         `(B,)`.
     """
-    total = (rewards_BK * weights_K.to(rewards_BK)).nansum(1)
-    return total.masked_fill(rewards_BK.isnan().all(1), torch.nan)
+    weights = weights_K.to(rewards_BK)
+    total = (rewards_BK * weights).nansum(1)
+    return total.masked_fill((rewards_BK.isnan() | (weights == 0)).all(1), torch.nan)
 
 
 def group_advantages(rewards_B: Tensor, group_size: int, *, scale: Scale = "group", eps: float = 1e-4) -> Tensor:

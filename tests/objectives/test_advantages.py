@@ -28,6 +28,8 @@ def test_rewards_that_apply_are_weighted_and_summed():
     rewards = torch.tensor([[1.0, 2.0], [NAN, 2.0], [NAN, NAN]])
     found = weighted_rewards(rewards, torch.tensor([0.5, 2.0]))
     assert found[:2].tolist() == [4.5, 4.0] and found[2].isnan()
+    measured = weighted_rewards(rewards, torch.tensor([0.5, 0.0]))
+    assert measured[0] == 0.5 and measured[1:].isnan().all(), "what is only measured makes no reward"
 
 
 @pytest.mark.parametrize(
