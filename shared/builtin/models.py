@@ -35,7 +35,8 @@ def load_model(name: str, seed: int = 0, head: str | None = None, **options: Any
         name: a key of `shared.builtin.MODELS`.
         seed: for the weights that are drawn.
         head: a key of `HEADS`; None takes that of the configuration.
-        options: fields of the configuration, such as `num_labels` or `attn_implementation`.
+        options: fields of the configuration, such as `num_labels` or `attn_implementation`; with fewer
+            `num_hidden_layers` than are shipped the model has the first of them, as `from_pretrained` does it.
 
     Raises:
         UserError: no built-in model has this name, or it has no such head.
@@ -46,7 +47,7 @@ def load_model(name: str, seed: int = 0, head: str | None = None, **options: Any
         torch.manual_seed(seed)
         model = model_class(config)
     if (model_path(name) / WEIGHTS).is_file():
-        _put_weights(model, name)
+        _put_weights(model, name, cut="num_hidden_layers" in options)
     return model
 
 
@@ -86,13 +87,17 @@ def _model_class(name: str, config: PretrainedConfig, head: str | None) -> type[
     return mapping[type(config)]
 
 
-def _put_weights(model: PreTrainedModel, name: str) -> None:
-    """Put the shipped weights into the model; a head they do not have stays as it was drawn, another is left out."""
+def _put_weights(model: PreTrainedModel, name: str, *, cut: bool) -> None:
+    """Put the shipped weights into the model; a head they do not have stays as it was drawn, another is left out.
+
+    `cut`: the model may have fewer layers than the weights.
+    """
     from safetensors.torch import load_file
 
     outcome = model.load_state_dict(load_file(model_path(name) / WEIGHTS), strict=False)
     base = f"{model.base_model_prefix}."
-    wrong = [key for key in (*outcome.missing_keys, *outcome.unexpected_keys) if key.startswith(base)]
+    left_out = [] if cut else outcome.unexpected_keys
+    wrong = [key for key in (*outcome.missing_keys, *left_out) if key.startswith(base)]
     assert not wrong, f"{name}: weights do not fit: {outcome}"
 
 

@@ -166,6 +166,13 @@ COMMANDS: dict[str, Command] = {
         script="ppo",
         summary="Learn from rewards of the model's own answers with a value function that judges each token (PPO).",
     ),
+    "gkd": Command(
+        options="textalign.distillation_options:GKDOptions",
+        config="textalign.distillation:GKDConfig",
+        trainer="textalign.distillation:GKDTrainer",
+        script="gkd",
+        summary="Distil a larger model into a smaller one, on the data's answers and on its own (GKD).",
+    ),
     "sft-vlm": Command(
         options="visionalign.options:VLMSFTOptions",
         config="visionalign.sft:VLMSFTConfig",

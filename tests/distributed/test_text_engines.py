@@ -8,8 +8,8 @@ from launching import PYTHON, profile, run
 pytestmark = pytest.mark.slow
 
 WORKER = __file__.replace("test_text_engines", "text_worker")
-TRAINERS = ["SFT", "DPO", "DPO-adapter", "DPO-cached", "DPO-synced", "ORPO", "KTO", "BCO", "Reward", "PRM"]
-SHARDED = ["SFT", "DPO", "DPO-adapter", "DPO-cached", "BCO", "Reward"]
+TRAINERS = ["SFT", "GKD", "DPO", "DPO-adapter", "DPO-cached", "DPO-synced", "ORPO", "KTO", "BCO", "Reward", "PRM"]
+SHARDED = ["SFT", "GKD", "DPO", "DPO-adapter", "DPO-cached", "BCO", "Reward"]
 ENGINES = {"multi_cpu": TRAINERS, "zero2": ["DPO", "KTO"], "zero3": SHARDED, "fsdp2": SHARDED}
 
 

@@ -48,10 +48,11 @@ def steps(number: int) -> dict:
     return {"prompt": "How many?", "completions": ["one two", "three"], "labels": [True, bool(number % 2)]}
 
 
-ROWS = {"SFT": conversation, "KTO": single, "BCO": single, "PRM": steps}
+ROWS = {"SFT": conversation, "GKD": conversation, "KTO": single, "BCO": single, "PRM": steps}
 OPTIONS = {
     "SFT": {"packing": True, "max_length": 48, "per_device_train_batch_size": 2},
     "KTO": {"loss_type": "apo_zero_unpaired"},
+    "GKD": {"lmbda": 0.5, "seq_kd": True, "max_new_tokens": 5, "teacher_model_init_kwargs": {"num_hidden_layers": 1}},
     "DPO-cached": {"precompute_ref_log_probs": True},
     "DPO-synced": {"sync_ref_model": True, "ref_model_sync_steps": 2},
 }
@@ -70,6 +71,8 @@ def train(name: str, model: str, folder: Path) -> dict:
     }  # fmt: skip
     if name == "SFT":
         options["per_device_train_batch_size"] //= processes
+    if kind == "GKD":
+        options["teacher_model_name_or_path"] = model  # of which the option leaves one layer
     config = getattr(textalign, f"{kind}Config")(**options)
     peft = None
     if name == "DPO-adapter":
