@@ -81,6 +81,8 @@ def make_files(name: str, directory: Path) -> None:
 
     tokenizer = make_tokenizer()
     config = gemma_config(tokenizer) if name == "builtin/gemma3-small" else llama_config(tokenizer)
+    if name == train_lm.TRAINED:  # of what its weights are held in, a processor is slower
+        config.dtype = "float32"
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id).save_pretrained(directory)

@@ -157,3 +157,26 @@ def attach_adapter(
     if checkpointing:
         adapted.enable_input_require_grads()
     return adapted
+
+
+def merge_adapter(adapter: str, folder: str) -> None:
+    """Write the language model that an adapter and its base are together, with the tokenizer, for transformers alone.
+
+    Args:
+        adapter: folder or hub id; its base is loaded whole, in the type that it was saved in.
+        folder: is made.
+
+    Raises:
+        UserError: the adapter or its base cannot be loaded.
+    """
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    require_available(adapter, file="adapter_config.json", what="adapter")
+    try:
+        model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The adapter {adapter} cannot be merged: {str(error).strip().splitlines()[0]}") from error
+    model.merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
