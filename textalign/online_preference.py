@@ -57,6 +57,7 @@ class NashMDConfig(OnlinePreferenceConfig, NashMDOptions, TextConfig):
     """Options of NashMDTrainer: NashMDOptions and transformers.TrainingArguments."""
 
     run_name_stem: ClassVar[str] = "nash_md"
+    not_taken: ClassVar[dict[str, str]] = {"loss_type": "Leave it out: Nash-MD has no loss of pairs to choose."}
 
     def _check_options(self) -> None:
         super()._check_options()

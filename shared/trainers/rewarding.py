@@ -31,6 +31,8 @@ NOT_TAKEN = {
     "model_init": "Give the model, or its name, as model.",
     "config": "It is called args.",
     "sd_pipeline": "It is called model.",
+    "reward_model": "It is called reward_funcs.",
+    "reward_processing_class": "It is called reward_processing_classes.",
     "reward_function": "It is called reward_funcs: functions f(images, prompts, **columns) that return the rewards.",
     "prompt_function": "Give it as train_dataset.",
     "image_samples_hook": "Leave it out: sample_every says how often pictures are drawn for the report and trackers.",
