@@ -18,6 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import get_constant_schedule
@@ -232,7 +233,7 @@ class StepByStep:
 
     def _ready(self) -> None:
         """Make optimizer and schedule, and wrap the model, at the first step."""
-        if self.optimizer is not None and self.model_wrapped in self.accelerator._models:
+        if isinstance(self.optimizer, AcceleratedOptimizer):
             return
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError("step() runs in one process or several whole ones; under DeepSpeed and FSDP call train().")

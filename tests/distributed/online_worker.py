@@ -109,6 +109,7 @@ def facts_of(run) -> dict:
         "norms": [entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry],
         "rewards": [entry["reward"] for entry in run.state.log_history if "reward" in entry],
         "kl": [entry["kl"] for entry in run.state.log_history if "kl" in entry],
+        "value_errors": [entry["value/error"] for entry in run.state.log_history if "value/error" in entry],
         "ranks agree": len(set(gathered(digest(full_weights(run))))) == 1,
     }
 
@@ -238,7 +239,38 @@ def resumed(models: Path, folder: Path) -> dict:
     }
 
 
+def ppo(models: Path, folder: Path, value_model: str = "separate", **options) -> dict:
+    """What is averaged over a round's actions, and the critic's own step, are those of all processes."""
+    shape = {"num_generations": 1, "num_iterations": 2, "vf_coef": 0.5, "use_score_scaling": True, **options}
+    return compared("PPO", models, folder, kl_coef=0.1, value_model=value_model, adap_kl_ctrl=True, **shape)
+
+
+def ppo_adapter(models: Path, folder: Path) -> dict:
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return ppo(models, folder, value_model="adapter", peft=lora, whiten_rewards=True, target_kl=0.5)
+
+
+def ppo_steps(models: Path, folder: Path) -> dict:
+    """A loop of one's own: each process hands over its part."""
+    import torch
+
+    made = trainer("PPO", models, folder, num_generations=1, value_model="shared", kl_penalty="full", vf_coef=0.5)
+    rows, found = made.local_rows, []
+    for number in range(3):
+        own = torch.Generator().manual_seed(number)
+        asked = torch.randint(10, 256, (rows * WORLD, 5), generator=own)
+        said = [torch.randint(10, 256, (2 + at % 4,), generator=own) for at in range(rows * WORLD)]
+        part = slice(RANK * rows, (RANK + 1) * rows)
+        scores = [float(ids[0] % 3) for ids in said[part]]
+        found.append(made.step(list(asked[part]), said[part], scores))
+    names = ("loss/total", "objective/kl", "value/error", "returns/mean", "advantages/mean", "policy_kl", "reward")
+    return {"stats": [{name: stats[name] for name in names} for stats in found]}
+
+
 TASKS = {
+    "ppo": ppo, "ppo_adapter": ppo_adapter, "ppo_steps": ppo_steps,
     "grpo": grpo, "rloo": rloo, "bonus": bonus, "idle": idle, "split": split, "adapter": adapter, "vision": vision,
     "mixed": mixed, "learns": learns, "dynamic": dynamic, "resumed": resumed,
 }  # fmt: skip

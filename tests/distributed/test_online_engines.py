@@ -9,9 +9,9 @@ from launching import PYTHON, profile, run
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("online_worker.py")
-COMPARED = ["grpo", "rloo", "bonus", "idle", "split", "adapter", "vision", "mixed"]
+COMPARED = ["grpo", "rloo", "bonus", "idle", "split", "adapter", "vision", "mixed", "ppo", "ppo_adapter"]
 ENGINES = {
-    "multi_cpu": [*COMPARED, "learns", "dynamic", "resumed"],
+    "multi_cpu": [*COMPARED, "ppo_steps", "learns", "dynamic", "resumed"],
     "zero2": ["grpo", "vision", "learns"],
     "zero3": ["grpo", "rloo", "split", "vision", "learns", "dynamic", "resumed"],
     "fsdp2": ["grpo", "rloo", "bonus", "adapter", "vision", "learns", "dynamic", "resumed"],
@@ -36,7 +36,7 @@ def launched(folder, launch, models, tasks):
 
 @pytest.fixture(scope="module")
 def alone(models, tmp_path_factory):
-    return launched(tmp_path_factory.mktemp("alone"), PYTHON, models, COMPARED)
+    return launched(tmp_path_factory.mktemp("alone"), PYTHON, models, [*COMPARED, "ppo_steps"])
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -55,10 +55,15 @@ def test_two_processes_train_what_one_trains(together, alone):
     for name in set(together) & set(COMPARED):
         found, expected = together[name], alone[name]
         assert len(found["losses"]) == 6 and max(map(abs, expected["losses"])) > 1e-3, name
-        for figure in ("losses", "norms", "rewards", "kl"):
+        for figure in ("losses", "norms", "rewards", "kl", "value_errors"):
             assert found[figure] == pytest.approx(expected[figure], rel=5e-4, abs=2e-5), (name, figure)
         assert found["held_out"] == pytest.approx(expected["held_out"], rel=1e-3, abs=1e-4), name
         assert found["ranks agree"], name
+
+
+def test_steps_by_hand_are_those_of_one_process(together, alone):
+    for found, expected in zip(task(together, "ppo_steps")["stats"], alone["ppo_steps"]["stats"], strict=True):
+        assert found == pytest.approx(expected, rel=5e-4, abs=2e-5)
 
 
 def test_own_samples_teach(together):
