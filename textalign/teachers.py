@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from shared.builtin import is_builtin
 from shared.errors import UserError
@@ -62,6 +63,8 @@ class Teacher:
             )
         if args.teacher_load_in_8bit and args.teacher_load_in_4bit:
             raise UserError("teacher_load_in_8bit and teacher_load_in_4bit exclude each other: give one of them.")
+        if is_deepspeed_zero3_enabled() and (self.bits or getattr(self.given, "is_quantized", False)):
+            raise UserError("A teacher in 8 or 4 bits cannot be loaded under ZeRO-3: leave it whole, or use ZeRO-2.")
         if not isinstance(self.given, str):
             named = {
                 "teacher_model_init_kwargs": self.init,

@@ -33,7 +33,7 @@ from shared.trainers.distillation_rows import (
 )
 from shared.trainers.keeping import preserved_randomness
 from shared.trainers.offline import OfflineTrainer
-from shared.trainers.reference import AdapterOff, FrozenCopy, check_engine, unwrapped
+from shared.trainers.reference import AdapterOff, FrozenCopy, unwrapped
 
 
 class DistillationTrainer(OfflineTrainer):
@@ -71,11 +71,7 @@ class DistillationTrainer(OfflineTrainer):
         self.pads = SupervisedCollator(pad, pad_to_multiple_of=args.pad_to_multiple_of)
 
     def take_teacher(self, model: nn.Module | None) -> None:
-        """Put the teacher where it can be run; None: the student without its adapter.
-
-        Raises:
-            UserError: a teacher in 8 or 4 bits under an engine that cuts weights up as they are loaded.
-        """
+        """Put the teacher where it can be run, frozen; None: the student without its adapter."""
         known = sorted(each.get_input_embeddings().num_embeddings for each in (self.model, model or self.model))
         self.generator = InProcessGenerator(
             self.processing_class,
@@ -86,7 +82,6 @@ class DistillationTrainer(OfflineTrainer):
         if model is None:
             self.teacher = AdapterOff(self.policy)
             return
-        check_engine(self.accelerator, load_in_8bit=bool(getattr(model, "is_quantized", False)))
         self.teacher = FrozenCopy(model, accelerator=self.accelerator, policy=self.policy, share_prefix=False)
 
     # ---- Answers ---------------------------------------------------------------------------------------------------

@@ -78,6 +78,13 @@ def test_fields_of_the_configuration_can_be_given():
     assert load_config(NAME, num_hidden_layers=1).num_hidden_layers == 1
 
 
+def test_fewer_layers_are_the_first_of_those_that_are_shipped(trained):
+    cut = load_model("builtin/lm-small-sft", num_hidden_layers=2)
+    assert len(cut.model.layers) == 2 and len(trained.model.layers) == 3
+    whole = trained.state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in cut.state_dict().items())
+
+
 def test_a_head_that_there_is_not_is_explained():
     with pytest.raises(UserError, match="no head for image-text-to-text; these have: builtin/vlm-small"):
         load_model(NAME, head="image-text-to-text")

@@ -52,7 +52,13 @@ ROWS = {"SFT": conversation, "GKD": conversation, "KTO": single, "BCO": single, 
 OPTIONS = {
     "SFT": {"packing": True, "max_length": 48, "per_device_train_batch_size": 2},
     "KTO": {"loss_type": "apo_zero_unpaired"},
-    "GKD": {"lmbda": 0.5, "seq_kd": True, "max_new_tokens": 5, "teacher_model_init_kwargs": {"num_hidden_layers": 1}},
+    "GKD": {
+        "lmbda": 0.5,
+        "seq_kd": True,
+        "max_new_tokens": 5,
+        "loss_temperature": 0.05,
+        "teacher_model_init_kwargs": {"num_hidden_layers": 1},
+    },
     "DPO-cached": {"precompute_ref_log_probs": True},
     "DPO-synced": {"sync_ref_model": True, "ref_model_sync_steps": 2},
 }

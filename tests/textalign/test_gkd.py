@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.errors import UserError
@@ -199,8 +200,10 @@ def test_prompts_alone_are_answered_in_training_and_in_evaluations(build, capsys
     assert trainer.report.after["loss"] < trainer.report.before["loss"]
     assert "accuracy" not in trainer.report.after and len(trainer.report.samples) == 3
     assert logged(trainer, "on_policy") == [1.0] * 15
-    stream = build(PROMPTS, lmbda=0.5, seq_kd=True, folder="2", max_length=11)
-    assert max(len(row["input_ids"]) for row in stream.train_dataset) == 6 and "are cut" in capsys.readouterr().out
+    short = build(PROMPTS, lmbda=0.5, seq_kd=True, folder="2", max_length=11)
+    assert max(len(row["input_ids"]) for row in short.train_dataset) == 6 and "are cut" in capsys.readouterr().out
+    stream = build(Dataset.from_list(PROMPTS).to_iterable_dataset(), lmbda=1.0, folder="3", max_steps=2)
+    assert logged(trained(stream), "completions/mean_length")[0] > 1
 
 
 def test_places_do_not_depend_on_how_a_step_is_cut():
@@ -305,7 +308,13 @@ def test_options_that_cannot_be_followed(options, message, build):
         build(**options)
 
 
-def test_arguments_that_cannot_be_followed(build, tiny, teacher):
+def test_zero3_cannot_hold_a_teacher_in_few_bits(build, monkeypatch):
+    monkeypatch.setattr("textalign.teachers.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(UserError, match="A teacher in 8 or 4 bits cannot be loaded under ZeRO-3"):
+        build(teacher_load_in_4bit=True)
+
+
+def test_arguments_that_cannot_be_followed(build, tiny):
     with pytest.raises(UserError, match="There is no teacher"):
         build(teacher_model=None)
     with pytest.raises(UserError, match="teacher_model is a int"):
