@@ -45,11 +45,13 @@ def adapt(dataset: Any, columns: Mapping[str, str] | None = None) -> tuple[Any, 
 
     Args:
         dataset: a datasets.Dataset or IterableDataset, its images not decoded.
-        columns: name in the data -> name here; where the data set has one of them, nothing else is made of it.
+        columns: name in the data -> name here; where the data set has one of them, nothing else is made of it. A name
+            such as `prompt.text` is that of a field in a column.
 
     Raises:
         UserError: two of its columns are to have one name.
     """
+    dataset = _taken_out(dataset, columns or {})
     names = column_names(dataset)
     given = {name: own for name, own in (columns or {}).items() if name in names}
     twice = [own for at, own in enumerate(given.values()) if own in list(given.values())[:at]]
@@ -78,12 +80,44 @@ def check_given(columns: Mapping[str, str] | None, found: set[str]) -> None:
         columns: the option.
         found: the columns of all data sets.
     """
-    missing = sorted(set(columns or ()) - found)
+    missing = sorted(name for name in columns or () if name not in found and name.partition(".")[0] not in found)
     if missing:
         raise UserError(
             f"dataset_columns names {', '.join(missing)}, but the data has the columns {', '.join(sorted(found))}. "
             'Write it as {"column in the data": "column here"}.'
         )
+
+
+def _taken_out(dataset: Any, columns: Mapping[str, str]) -> Any:
+    """The data set with fields that are named `column.field` as columns of these names, in the place of their own."""
+    from datasets import Dataset
+
+    names = column_names(dataset)
+    fields = {
+        name: (top, field)
+        for name in columns
+        for top, dot, field in [name.partition(".")]
+        if dot and name not in names and top in names
+    }
+    if not fields:
+        return dataset
+    tops = sorted({top for top, _ in fields.values()})
+    first = next(iter(dataset.select_columns(tops)), {})
+    for name, (top, field) in fields.items():
+        if not isinstance(held := first.get(top), Mapping) or field not in held:
+            there = f"has the fields {', '.join(held)}" if isinstance(held, Mapping) else "has no fields"
+            raise UserError(f"dataset_columns names {name}, but the column {top} {there}.")
+
+    def taken(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: (row[top] or {}).get(field) for name, (top, field) in fields.items()}
+
+    if not isinstance(dataset, Dataset):
+        return dataset.map(taken, remove_columns=tops)
+    rows = [taken(row) for row in dataset.select_columns(tops)]
+    rest = dataset.remove_columns(tops)
+    for name in fields:
+        rest = rest.add_column(name, [row[name] for row in rows])
+    return rest
 
 
 def _image_paths(names: Collection[str]) -> list[str]:

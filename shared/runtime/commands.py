@@ -166,6 +166,22 @@ COMMANDS: dict[str, Command] = {
         script="ppo",
         summary="Learn from rewards of the model's own answers with a value function that judges each token (PPO).",
     ),
+    "ppo-tldr": Command(
+        options="textalign.ppo_options:PPOOptions",
+        config="textalign.ppo:PPOConfig",
+        trainer="textalign.ppo:PPOTrainer",
+        script="ppo_tldr",
+        summary="Summaries by PPO: ppo, which writes summaries of posts where no model is named.",
+        stem="ppo",
+    ),
+    "detoxification": Command(
+        options="textalign.ppo_options:PPOOptions",
+        config="textalign.ppo:PPOConfig",
+        trainer="textalign.ppo:PPOTrainer",
+        script="detoxification",
+        summary="Teach a model to be less rude: ppo, which takes a small rude one where no model is named.",
+        stem="ppo",
+    ),
     "gkd": Command(
         options="textalign.distillation_options:GKDOptions",
         config="textalign.distillation:GKDConfig",

@@ -193,3 +193,17 @@ def test_the_option_is_read_from_the_command_line():
     words = ["--model_name_or_path", "x/y", "--dataset_name", "a/b", "--dataset_columns", '{"Q": "prompt"}']
     options, _ = read_options("sft-vlm", words)
     assert options.values["dataset_columns"] == {"Q": "prompt"}
+
+
+def test_a_field_of_a_column_is_named_by_both(tmp_path):
+    rows = [{"prompt": {"text": text, "toxicity": 0.1}, "picture": f"{at}.png"} for at, text in enumerate("ab")]
+    columns = {"prompt.text": "prompt", "picture": "image"}
+    data = load_datasets(write(tmp_path, rows), columns=columns)
+    assert data.train["prompt"][:] == ["a", "b"] and set(data.train.column_names) == {"prompt", "image"}
+    assert data.sources[0].adapted == "prompt.text → prompt; picture → image"
+    streamed = IterableDataset.from_generator(lambda: iter(rows[:1]))
+    assert [row["prompt"] for row in adapt(streamed, {"prompt.text": "prompt"})[0]] == ["a"]
+    with pytest.raises(UserError, match="prompt.words, but the column prompt has the fields text, toxicity"):
+        load_datasets(write(tmp_path, rows), columns={"prompt.words": "prompt"})
+    with pytest.raises(UserError, match="asked.text, but the data has the columns"):
+        load_datasets(write(tmp_path, rows), columns={"asked.text": "prompt"})
