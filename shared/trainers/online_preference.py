@@ -116,7 +116,7 @@ class OnlinePreferenceTrainer(OnlineTrainer):
     ) -> dict[str, Tensor]:
         own = slice(None) if self.both_own else slice(0, None, 2)
         first = preferred[0::2]
-        figures = {"frac_reward_zero_std": 1 - self.teaches(first).float().mean()}
+        figures = {"frac_reward_zero_std": (first.isnan() | (first == 0.5)).float().mean()}
         named = list(zip(self.rewards.names, rewards[own].unbind(1), strict=True))[int(self.judged) :]
         for name, values in named:
             if len(values := values[~values.isnan()]) > 1:
@@ -244,7 +244,9 @@ class OnlinePreferenceTrainer(OnlineTrainer):
 
     def _record_own(self, logp: Tensor, ref: Tensor, tokens: Tensor) -> None:
         """How far the policy's own samples are from the reference; the sampled estimates, all `(n,)`."""
+        beta = self.in_this_epoch(self.args.beta)
         self.record("objective/kl", (logp - ref).sum(), len(logp))
+        self.record("objective/non_score_reward", -beta * (logp - ref).sum(), len(logp))
         self.record("objective/entropy", -logp.sum(), len(logp))
         self.record("kl", (logp - ref).sum(), tokens.sum())
         self.record("entropy", -logp.sum(), tokens.sum())

@@ -13,6 +13,7 @@ class OnlinePreferenceConfig(OnlineConfig):
     """Mixed into a configuration with OnlinePreferenceOptions, before AlignConfig."""
 
     not_taken: ClassVar[dict[str, str]] = {
+        "vllm_guided_decoding_regex": "Completions are not held to a pattern here: reward those that have it.",
         "gpu_memory_utilization": "Give it to the server when it is started.",
         "num_mini_batches": "Give steps_per_generation, or gradient_accumulation_steps.",
         "num_ppo_epochs": "It is called num_iterations.",
