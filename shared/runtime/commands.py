@@ -174,6 +174,14 @@ COMMANDS: dict[str, Command] = {
         summary="Summaries by PPO: ppo, which writes summaries of posts where no model is named.",
         stem="ppo",
     ),
+    "ppo-multi-adapter": Command(
+        options="textalign.ppo_options:PPOOptions",
+        config="textalign.ppo:PPOConfig",
+        trainer="textalign.ppo:PPOTrainer",
+        script="ppo_multi_adapter",
+        summary="PPO with policy, critic and reward as adapters on one base, a small one where no model is named.",
+        stem="ppo",
+    ),
     "detoxification": Command(
         options="textalign.ppo_options:PPOOptions",
         config="textalign.ppo:PPOConfig",

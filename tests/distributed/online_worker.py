@@ -206,7 +206,7 @@ def dynamic(models: Path, folder: Path) -> dict:
     return facts_of(run) | {"calls": gathered(calls), "cursors": gathered(run.prompts.cursor)}
 
 
-def resumed(models: Path, folder: Path) -> dict:
+def resumed(models: Path, folder: Path, kind: str = "GRPO", **options) -> dict:
     """Stopped in the middle of a round, and gone on with."""
     import random
 
@@ -215,8 +215,8 @@ def resumed(models: Path, folder: Path) -> dict:
 
     def run(name: str, resume: Path | None = None):
         made = trainer(
-            "GRPO", models, folder / name, reward=noisy, written=False, save_strategy="steps", save_steps=3,
-            save_total_limit=None, beta=0.1, num_iterations=2, steps_per_generation=4,
+            kind, models, folder / name, reward=noisy, written=False, save_strategy="steps", save_steps=3,
+            save_total_limit=None, beta=0.1, num_iterations=2, steps_per_generation=4, **options,
         )  # fmt: skip
         if resume is not None:
             random.seed(99 + RANK)
@@ -269,8 +269,13 @@ def ppo_steps(models: Path, folder: Path) -> dict:
     return {"stats": [{name: stats[name] for name in names} for stats in found]}
 
 
+def ppo_resumed(models: Path, folder: Path) -> dict:
+    """The critic is in a file of its own, whatever the engine has cut up."""
+    return resumed(models, folder, "PPO", value_model="separate", adap_kl_ctrl=True, vf_coef=0.5)
+
+
 TASKS = {
-    "ppo": ppo, "ppo_adapter": ppo_adapter, "ppo_steps": ppo_steps,
+    "ppo_resumed": ppo_resumed, "ppo": ppo, "ppo_adapter": ppo_adapter, "ppo_steps": ppo_steps,
     "grpo": grpo, "rloo": rloo, "bonus": bonus, "idle": idle, "split": split, "adapter": adapter, "vision": vision,
     "mixed": mixed, "learns": learns, "dynamic": dynamic, "resumed": resumed,
 }  # fmt: skip

@@ -12,9 +12,9 @@ WORKER = Path(__file__).with_name("online_worker.py")
 COMPARED = ["grpo", "rloo", "bonus", "idle", "split", "adapter", "vision", "mixed", "ppo", "ppo_adapter"]
 ENGINES = {
     "multi_cpu": [*COMPARED, "ppo_steps", "learns", "dynamic", "resumed"],
-    "zero2": ["grpo", "vision", "learns"],
-    "zero3": ["grpo", "rloo", "split", "vision", "learns", "dynamic", "resumed"],
-    "fsdp2": ["grpo", "rloo", "bonus", "adapter", "vision", "learns", "dynamic", "resumed"],
+    "zero2": ["grpo", "vision", "learns", "ppo_adapter"],
+    "zero3": ["grpo", "rloo", "split", "vision", "ppo", "learns", "dynamic", "resumed", "ppo_resumed"],
+    "fsdp2": ["grpo", "rloo", "bonus", "adapter", "vision", "ppo", "learns", "dynamic", "resumed", "ppo_resumed"],
 }
 
 
@@ -80,8 +80,9 @@ def test_processes_that_miss_unlike_numbers_of_groups(together):
     assert len(found["losses"]) == 5
 
 
-def test_a_round_goes_on_in_each_process(together):
-    found = task(together, "resumed")
+@pytest.mark.parametrize("name", ["resumed", "ppo_resumed"])
+def test_a_round_goes_on_in_each_process(name, together):
+    found = task(together, name)
     assert found["exact"] and found["ranks agree"]
     assert found["cursor"] == 6, "two of a round's passes, of four micro-batches each, end at 8"
     assert found["first prompts"][0] != found["first prompts"][1]
