@@ -1,7 +1,7 @@
 """Learn from pairs of the model's own answers, of which rewards or a judge prefer one (online DPO).
 
 With no arguments: a built-in small model writes reviews of films, two of each, and a reward model that RewardTrainer
-trained says which is better; about two minutes of one core.
+trained says which is better; a minute or two of one core.
 
     accelerate launch scripts/dpo_online.py
     accelerate launch scripts/dpo_online.py --config run.yaml --learning_rate 1e-6 --loss_type ipo

@@ -1,7 +1,7 @@
 """Learn which own answers are preferred to those of a mixture of model and reference (Nash-MD).
 
 With no arguments: a built-in small model writes reviews of films, and so does its mixture with the reference; a reward
-model that RewardTrainer trained says how likely the model's is to be preferred; about two minutes of one core.
+model that RewardTrainer trained says how likely the model's is to be preferred; a minute or two of one core.
 
     accelerate launch scripts/nash_md.py
     accelerate launch scripts/nash_md.py --config run.yaml --learning_rate 1e-6 --mixture_coef 0.25

@@ -1,7 +1,7 @@
 """Learn from pairs of an own answer and one of the reference's, with a bonus for exploration (XPO).
 
 With no arguments: a built-in small model and its reference write reviews of films, and a reward model that
-RewardTrainer trained says whose is better; about two minutes of one core.
+RewardTrainer trained says whose is better; a minute or two of one core.
 
     accelerate launch scripts/xpo.py
     accelerate launch scripts/xpo.py --config run.yaml --learning_rate 1e-6 --alpha 1e-5

@@ -105,6 +105,7 @@ class OnlinePreferenceTrainer(OnlineTrainer):
         rollout.ref = [None] * rollout.rows
         preferred = self.preferred(rollout)
         rollout.columns[PREFERRED] = [each.clone() for each in preferred]
+        rollout.extras[PREFERRED] = [None if chance != chance else f"{chance:.2f}" for chance in preferred.tolist()]
         facts = [rollout.total.float(), preferred, rollout.lengths.float(), rollout.truncated.float()]
         own = torch.cat([rollout.rewards.float(), torch.stack(facts, 1)], 1)
         everyones = self.accelerator.gather(own.to(self.args.device))
@@ -158,7 +159,7 @@ class OnlinePreferenceTrainer(OnlineTrainer):
         counted = own if taught else []
         self._noted["frac_rows_trained"].append(len(taught) / len(firsts))
         on_policy = buffer.born == self.state.global_step
-        counts = (len(taught), int(rollout.lengths[counted].sum()))
+        counts = (2 * len(taught), int(rollout.lengths[counted].sum()))
         return MicroBatch(batch, rollout, own, counts, on_policy)
 
     def prepare_step(self, batches: list[MicroBatch]) -> None:
@@ -205,7 +206,7 @@ class OnlinePreferenceTrainer(OnlineTrainer):
         own = counted.repeat_interleave(2)
         own[1::2] &= self.both_own
         self._record_own(*(values[own].detach() for values in (*sums, tokens)))
-        return losses.total(pairs=self.step_sums["rows"], tokens=self.step_sums["chosen_tokens"])
+        return losses.total(pairs=self.step_sums["rows"] / 2, tokens=self.step_sums["chosen_tokens"])
 
     @property
     def objective(self) -> PairObjective:
@@ -321,7 +322,7 @@ class NashPreferenceTrainer(OnlinePreferenceTrainer):
         self._record_own(*sums, mask[counted].sum(1).float())
         if self._logs_next():
             self._measure_pairs(inputs, *sums, beta)
-        return losses.sum() / self.step_sums["rows"]
+        return losses.sum() / (self.step_sums["rows"] / 2)
 
     @torch.no_grad()
     def _measure_pairs(self, inputs: MicroBatch, own: Tensor, own_ref: Tensor, beta: float) -> None:

@@ -81,7 +81,9 @@ def test_the_best_checkpoint_is_kept_and_the_report_written(model_path, tmp_path
     trainer.train()
     assert trainer.state.best_metric == max(history(trainer, "eval_first_reward"))
     assert trainer.report.before.keys() == trainer.report.after.keys() == {"even"}
-    assert len(trainer.report.rollouts[0].rows) == 8 and (tmp_path / "report" / "index.html").is_file()
+    rows = trainer.report.rollouts[0].rows
+    assert len(rows) == 8 and all(0 <= float(row.extra["preferred"]) <= 1 for row in rows)
+    assert (tmp_path / "report" / "index.html").is_file()
 
 
 # ---- Options -------------------------------------------------------------------------------------------------------
