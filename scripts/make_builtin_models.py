@@ -1,6 +1,6 @@
 """Train the built-in models that other trainers start from, and measure them; all but pipelines by our own trainers.
 
-    python scripts/make_builtin_models.py                      # all nine, an hour or two of one core
+    python scripts/make_builtin_models.py                      # all ten, an hour or two of one core
     python scripts/make_builtin_models.py builtin/rm-reviews   # only this one
 
 Each is written to its folder in `shared/builtin`: processor and configuration of the model it starts from, its weights
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from shared.builtin import (
+    ADAPTERS,
     MODELS,
     load_dataset,
     make_diffusion,
@@ -181,7 +182,19 @@ MADE = {
         alone=train_comments.classifier,
     ),
 }
-NAMES = (*MADE, *make_diffusion.MADE)
+# Adapters, by their names; PEFT's files in the place of a model's.
+ADAPTED = {
+    "builtin/rm-reviews-adapter": Made(
+        start="builtin/lm-small-sft",
+        command="reward",
+        data="builtin/reviews-graded",
+        purpose="A LoRA adapter of rank 8 with a score head, to score the reviews of a policy that has the same base",
+        measure=measure.reward_adapter,
+        options={"max_steps": 400, "warmup_steps": 20, "center_rewards_coefficient": 0.01, "learning_rate": 3e-3},
+    )
+}
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
+NAMES = (*MADE, *ADAPTED, *make_diffusion.MADE)
 
 
 def main() -> None:
@@ -193,6 +206,8 @@ def main() -> None:
     for name in names:
         if name in MADE:
             make(name, MADE[name], MODELS[name])
+        elif name in ADAPTED:
+            make_adapter(name, ADAPTED[name], ADAPTERS[name])
         else:
             make_diffusion.make(name, pipeline_path(name))
 
@@ -214,14 +229,28 @@ def make(name: str, made: Made, directory: Path) -> None:
     print(text)
 
 
-def train(made: Made) -> Any:
+def make_adapter(name: str, made: Made, directory: Path) -> None:
+    """Train, and write PEFT's files, the tokenizer's and the card."""
+    from peft import LoraConfig
+
+    trained = train(made, LoraConfig(**LORA))
+    trained.peft_config["default"].base_model_name_or_path = made.start
+    trained.to(torch.bfloat16).save_pretrained(directory, save_embedding_layers=False)
+    (directory / "adapter_model.safetensors").chmod(0o644)  # it is written for its owner alone
+    for name_of_file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(model_path(made.start) / name_of_file, directory / name_of_file)
+    (directory / CARD).write_text(card(name, made, made.measure()), encoding="utf-8")
+
+
+def train(made: Made, peft_config: Any = None) -> Any:
     """The trained model, by the suite's trainer, with nothing left of the run."""
     if made.alone is not None:
         return made.alone()
     with tempfile.TemporaryDirectory() as folder:
         command = COMMANDS[made.command]
         args = resolve(command.config)(output_dir=folder, overwrite_output_dir=True, **{**OPTIONS, **made.options})
-        trainer = resolve(command.trainer)(made.start, args=args, train_dataset=made.rows(load_dataset(made.data)))
+        rows = made.rows(load_dataset(made.data))
+        trainer = resolve(command.trainer)(made.start, args=args, train_dataset=rows, peft_config=peft_config)
         trainer.train()
     return trainer.model
 

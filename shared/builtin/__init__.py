@@ -42,6 +42,9 @@ MODELS: dict[str, Path] = {
     "builtin/video-small": _HERE / "qwen2_vl_small",
 }
 
+# Name -> directory of the adapter, as PEFT saves it; its configuration names the built-in model under it.
+ADAPTERS: dict[str, Path] = {"builtin/rm-reviews-adapter": _HERE / "rm_reviews_adapter"}
+
 # Name -> directory of the text-to-image pipeline, as diffusers saves it.
 PIPELINES: dict[str, Path] = {
     "builtin/sd-small": _HERE / "sd_small",
@@ -89,6 +92,15 @@ def model_path(name: str) -> Path:
         UserError: no built-in model has this name.
     """
     return MODELS[_known(name, MODELS, "model")]
+
+
+def adapter_path(name: str) -> Path:
+    """Directory of the built-in adapter `name`: weights, configuration and tokenizer.
+
+    Raises:
+        UserError: no built-in adapter has this name.
+    """
+    return ADAPTERS[_known(name, ADAPTERS, "adapter")]
 
 
 def pipeline_path(name: str) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from PIL import Image
 
-from shared.builtin import graded, load_dataset, reviews, shapes, shapes_preference, tldr
+from shared.builtin import adapter_path, graded, load_dataset, reviews, shapes, shapes_preference, tldr
 from shared.builtin.models import load_model, load_processor
 from shared.builtin.train_lm import complete, reply
 
@@ -48,6 +48,19 @@ def reward_model() -> dict[str, str]:
         "rank correlation with the judge, reviews sampled from `builtin/lm-small-sft`": (
             f"{agreement(model, tokenizer, 400):.2f}"
         ),
+    }
+
+
+def reward_adapter() -> dict[str, str]:
+    """Measured of `builtin/rm-reviews-adapter`, on its base."""
+    from peft import PeftModel
+
+    base = load_model("builtin/lm-small-sft", head="sequence-classification", num_labels=1)
+    model = PeftModel.from_pretrained(base, adapter_path("builtin/rm-reviews-adapter")).eval()
+    tokenizer = load_processor("builtin/lm-small-sft")
+    return {
+        "pairs of `builtin/reviews-preference` in order": f"{pairs_in_order(model, tokenizer, 'preference'):.1%}",
+        "pairs of `builtin/reviews-graded` in order": f"{pairs_in_order(model, tokenizer, 'graded'):.1%}",
     }
 
 

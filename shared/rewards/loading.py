@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shared.builtin import is_builtin, model_path
+from shared.builtin import adapter_path, is_builtin, model_path
 from shared.errors import UserError
 from shared.rewards import rules
 from shared.rewards.base import FunctionReward, Reward
@@ -313,7 +313,10 @@ def _adapter(spec: str, processing_class: Any) -> Callable[[], Reward]:
     if not path:
         raise UserError(f"reward {spec!r}: expected {ADAPTER}PATH, and more arguments as |name=value.")
     options = spec_options(spec, rest)
-    _check_model(path)
+    if is_builtin(path):
+        adapter_path(path)
+    else:
+        _check_model(path)
 
     def make() -> Reward:
         try:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from shared.builtin import is_builtin, model_path
+from shared.builtin import adapter_path, is_builtin, model_path
 from shared.errors import UserError
 from shared.hub import require_available
 from shared.policies.base import GroupedBatch
@@ -50,7 +50,7 @@ class AdapterReward:
     to be joined to the trainer of a policy first; an online trainer does that.
 
     Args:
-        path: folder or hub id of an adapter for sequence classification with one label.
+        path: folder, hub id or built-in name of an adapter for sequence classification with one label.
         tokenizer: the reward's own, loaded beside the adapter where None.
         base: what the adapter's base is called now, where that is not what it was in its training.
         batch_size: rows that are scored at once.
@@ -78,6 +78,7 @@ class AdapterReward:
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1.")
         self.path, self.batch_size, self.__name__ = path, batch_size, Path(path).name
+        path = str(adapter_path(path)) if is_builtin(path) else path
         self.config, self.weights = _load(path, revision)
         self.base = base or self.config.base_model_name_or_path
         try:

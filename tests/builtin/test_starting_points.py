@@ -160,6 +160,14 @@ def test_summaries_leave_room(loaded, processors):
         assert 0.35 <= said <= 0.65
 
 
+def test_the_reward_adapter_is_as_good_as_its_card_says():
+    folder = builtin.adapter_path("builtin/rm-reviews-adapter")
+    said = (folder / train_lm.CARD).read_text()
+    for what, value in measure.reward_adapter().items():
+        assert f"| {what} | {value} |" in said
+    assert (folder / "adapter_model.safetensors").stat().st_size < 200_000
+
+
 def test_the_script_makes_the_files_that_are_in_the_repository(tmp_path, monkeypatch):
     script = runpy.run_path(str(SCRIPT))
     assert set(script["MADE"]) == set(HEADS)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from tiny_online import even, history, make, questions
 
+from shared.builtin import load_dataset
 from shared.errors import UserError
 from shared.policies.critic import critic_of
+from shared.rewards.base import Sample
 from shared.trainers.critics import CRITIC_FILE, load_critic
 from textalign import PPOConfig, PPOTrainer
 
@@ -158,3 +160,29 @@ def test_models_that_are_refused(model_path, tmp_path):
     (tmp_path / "a" / "kept" / CRITIC_FILE).rename(tmp_path / "a" / "elsewhere")
     with pytest.raises(UserError, match="holds no critic.safetensors"):
         load_critic(trainer.model, tmp_path / "a" / "kept")
+
+
+def test_three_adapters_on_one_base(tmp_path):
+    """The built-in reward adapter, on the policy's base; what is saved is the policy's adapter, and the critic."""
+    pairs = load_dataset("builtin/reviews-preference", "test").select(range(4)).to_list()
+    rows = [{"prompt": pair["prompt"]} for pair in pairs]
+    args = PPOConfig(
+        output_dir=str(tmp_path / "run"), per_device_train_batch_size=4, max_completion_length=8, max_steps=2,
+        value_model="adapter", num_iterations=1, logging_steps=1, eval_answers=0, learning_rate=1e-2,
+    )  # fmt: skip
+    trainer = PPOTrainer(
+        "builtin/lm-small-sft", "adapter:builtin/rm-reviews-adapter", args, train_dataset=rows, peft_config=lora()
+    )
+    assert set(trainer.model.peft_config) == {"default", "reward_0", "critic"}
+    assert not any(p.requires_grad for name, p in trainer.model.named_parameters() if "reward_0" in name)
+    frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    assert all(torch.equal(frozen[name], p) for name, p in trainer.model.named_parameters() if name in frozen)
+    good, bad = (
+        trainer.rewards([Sample(pair["prompt"], pair[name], {}) for pair in pairs]).values
+        for name in ("chosen", "rejected")
+    )
+    assert (good > bad + 1).all(), "the reward is what it was, whatever the policy has learnt"
+    trainer.save_model(str(tmp_path / "model"))
+    assert {path.name for path in (tmp_path / "model").iterdir()} >= {"adapter_model.safetensors", CRITIC_FILE}
+    assert not any(path.is_dir() for path in (tmp_path / "model").iterdir())
