@@ -174,18 +174,21 @@ def run_all(options: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 
 def table(made: dict[str, Any]) -> str:
-    """Mean and spread over seeds at the last step, as Markdown."""
-    lines = [f"| | {' | '.join(FIGURES.values())} |", f"|---|{'---|' * len(FIGURES)}"]
+    """Mean ± spread over seeds at the last step, as Markdown; no spread of one seed."""
+    lines = [f"| | seeds | {' | '.join(FIGURES.values())} |", f"|---|---|{'---|' * len(FIGURES)}"]
     of_teacher = (f"{made['teacher'][key]:.1%}" if key == "accuracy" else "" for key in FIGURES)
-    lines.append(f"| teacher | {' | '.join(of_teacher)} |")
+    lines.append(f"| teacher | | {' | '.join(of_teacher)} |")
     for name in [each for each in RUNS if made["runs"].get(each)]:
         cells = []
         for key in FIGURES:
             last = [run[key][-1] for run in made["runs"][name].values()]
-            mean, spread = statistics.mean(last), statistics.stdev(last) if len(last) > 1 else 0.0
-            share = key != "loss"
-            cells.append(f"{mean:.1%} ± {100 * spread:.1f}" if share else f"{mean:.4f} ± {spread:.4f}")
-        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
+            mean, share = statistics.mean(last), key != "loss"
+            cell = f"{mean:.1%}" if share else f"{mean:.4f}"
+            if len(last) > 1:
+                spread = statistics.stdev(last)
+                cell += f" ± {100 * spread:.1f}" if share else f" ± {spread:.4f}"
+            cells.append(cell)
+        lines.append(f"| {LABELS[name]} | {len(last)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -211,7 +214,7 @@ def plot(made: dict[str, Any], path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("optimizer steps")
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="lower left", fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
