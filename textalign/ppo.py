@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from shared.builtin import is_builtin
 from shared.errors import UserError
@@ -173,20 +174,17 @@ class PPOTrainer(StepByStep, RewardedText, ActorCriticTrainer):
             return copy.deepcopy(source) if source is self._reward_given else source
         if self._critic_folder is not None and (config := critic_said(self._critic_folder).get("config")):
             return saved_critic(config)
-        if source is None and not hasattr(self.model, "peft_config"):
+        if source is None and (self.loaded_from is None or not hasattr(self.model, "peft_config")):
             return critic_like(self.model)
-        if source is None and self.loaded_from is None:
-            return critic_like(self.model)  # which says what to do
         init = {"attn_implementation": (self.args.model_init_kwargs or {}).get("attn_implementation")}
         with preserved_randomness(), new_head_expected(self.args.seed):
+            set_seed(self.args.seed)
             name = source or self.loaded_from
             return load_model(name, head="sequence-classification", num_labels=1, seed=self.args.seed, **init)
 
     def critic_attached(self) -> None:
         if self._critic_folder is None:
             return
-        from pathlib import Path
-
         load_critic(self.model, Path(self._critic_folder))
         if self.args.should_log:
             print(f"The critic goes on from {self._critic_folder}.", flush=True)

@@ -209,6 +209,18 @@ class StepByStep:
         self.buffer = None
         return stats
 
+    def log_stats(self, stats: dict[str, float], batch: Any = None, rewards: Sequence[Tensor | float] = ()) -> None:
+        """Log what `step` gave, as `train` logs: in `state.log_history`, and to the trackers of `report_to`.
+
+        Args:
+            stats: as `step` gives it.
+            batch: not looked at; TRL's name of an argument.
+            rewards: the scores, whose mean and spread are logged as `env/reward_mean` and `env/reward_std`.
+        """
+        found = _scores(rewards)
+        more = {"env/reward_mean": found.mean().item(), "env/reward_std": found.std().item()} if len(found) > 1 else {}
+        self.log({**stats, **more})
+
     def _micro_batches(self):
         return self.micro_batch(self.buffer, self.buffer.next())
 

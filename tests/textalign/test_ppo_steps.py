@@ -174,5 +174,8 @@ def test_a_loop_over_the_prompts_learns(tiny, tmp_path):
             means.append(sum(scores) / 8)
             errors.append(stats["value/error"])
             assert stats["objective/scores"] == pytest.approx(means[-1])
+            trainer.log_stats(stats, batch, scores)
+    logged = trainer.state.log_history[-1]
+    assert logged["env/reward_mean"] == pytest.approx(means[-1]) and logged["step"] == trainer.state.global_step
     assert sum(means[-4:]) / 4 > sum(means[:4]) / 4 + 0.1
     assert sum(errors[-4:]) < sum(errors[:4])
