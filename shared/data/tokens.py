@@ -106,9 +106,9 @@ class TokenTable(Dataset):
     """Map-style tokenised rows.
 
     A row is a dict of numpy arrays and scalars, with its number in the data set as given under `ROW`. By kind:
-    supervised kinds and prompts alone have `input_ids` int32 and `learnt` bool, packed rows also the `lengths` of their
-    documents; preference has `prompt_ids`, `chosen_ids`, `rejected_ids` (and `margin`); unpaired preference `prompt_ids`,
-    `completion_ids`, `label`; stepwise `input_ids`, `step_ends` (positions) and `step_labels`.
+    supervised kinds and prompts alone have `input_ids` int32 and `learnt` bool, packed rows also the `lengths` of
+    their documents; preference has `prompt_ids`, `chosen_ids`, `rejected_ids` (and `margin`); unpaired preference
+    `prompt_ids`, `completion_ids`, `label`; stepwise `input_ids`, `step_ends` (positions) and `step_labels`.
 
     Args:
         columns: name -> ragged column, or an array `(N, ...)` of one value a row.

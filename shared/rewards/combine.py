@@ -24,6 +24,7 @@ from shared.data.rows import ROW
 from shared.errors import DataError, UserError
 from shared.rewards.base import OF_IMAGES, FunctionReward, Reward, RowErrors, Sample, WrongCount, made_images, name_of
 from shared.rewards.loading import load_rewards
+from shared.rewards.pairwise import PairReward
 from shared.rewards.places import place_of
 from shared.rewards.waiting import Call, TimedOut, run
 
@@ -122,7 +123,7 @@ class RewardSet:
                 `trainer_state`, ...).
         """
         for reward in self.rewards:
-            if isinstance(reward, FunctionReward):
+            if isinstance(reward, (FunctionReward, PairReward)):
                 reward.check(columns)
 
     def __call__(self, samples: Sequence[Sample], **context: Any) -> RewardTable:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from shared.errors import UserError
 from shared.rewards import background
-from shared.rewards.base import Reward, RowErrors, Sample, WrongCount, as_values, name_of, text_of
+from shared.rewards.base import FunctionReward, Reward, RowErrors, Sample, WrongCount, as_values, name_of, text_of
 from shared.rewards.judges import request_text
-from shared.rewards.loading import JUDGE, imported, load_reward
+from shared.rewards.loading import ADAPTER, JUDGE, imported, load_reward
 from shared.rewards.spec_options import endpoint_of
 
 RANKS = "0 or 1, the number of the better answer, or -1 where it does not know"
@@ -110,6 +110,11 @@ class PairReward:
         self.judge = judge
         self.concurrent = bool(getattr(judge, "remote", False)) or inspect.iscoroutinefunction(judge.judge)
 
+    def check(self, columns: Collection[str]) -> None:
+        """Raise UserError where the judge is a reward that takes what is no column; see FunctionReward.check."""
+        if isinstance(self.judge, RewardJudge) and isinstance(self.judge.reward, FunctionReward):
+            self.judge.reward.check(columns)
+
     def __call__(self, samples: Sequence[Sample], context: Mapping[str, Any]) -> list[float | None]:
         """See Reward; `context["group_size"]` is 2.
 
@@ -189,6 +194,11 @@ def load_judge(spec: Any, *, device: Any = None) -> Any:
         if spec == "pair_rm":
             raise UserError(
                 "judge pair_rm: that model is not run here. Give a reward model (folder, hub id), or judge:URL|MODEL."
+            )
+        if spec.startswith(ADAPTER):
+            raise UserError(
+                f"judge {spec}: an adapter is run on the policy, as a reward. Give it as reward_funcs, and no judge: "
+                "the completion of the greater reward is then the better one."
             )
         if spec in ("openai", "hf") or spec.startswith(JUDGE):
             return _endpoint(spec)

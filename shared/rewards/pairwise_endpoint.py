@@ -6,6 +6,7 @@ How it is asked, several at once and again where a server fails, is `shared.rewa
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,8 @@ Answer 1:
 {response1}
 
 End with a line that holds nothing but 0 or 1, the number of the better answer."""
+# no part of another number or word: -1, 0.5, 1/10, 1st
+VERDICT = re.compile(r"(?<![^\W_])(?<![.,/])(?<!(?<![^\W_])[–—−-])[01](?![^\W_])(?![.,/]\d)")
 
 
 class EndpointPairwiseJudge(ChatEndpoint, BasePairwiseJudge):
@@ -172,8 +175,7 @@ def verdict_in(reply: str, *, cut: bool = False) -> int:
         return int(alone[-1])
     numbers = {line for line in alone if line in ("0", "1")}
     if not numbers and not cut:
-        words = "".join(letter if letter.isalnum() else " " for letter in reply).split()
-        numbers = {word for word in words if word in ("0", "1")}
+        numbers = set(VERDICT.findall(reply))
     if len(numbers) == 1:
         return int(numbers.pop())
     if cut:

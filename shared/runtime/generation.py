@@ -22,7 +22,7 @@ from shared.runtime.fsdp import reshard
 from shared.runtime.generation_cache import UnknownCache
 from shared.runtime.generation_check import disagreement
 from shared.runtime.generation_loop import Decoder, Passes, rows_of, split_extras, trimmed
-from shared.runtime.generation_mixture import Mixture, Part, parts_of, passes_of
+from shared.runtime.generation_mixture import Mixture, Part, parts_of, passes_of, unknown_tokens
 from shared.runtime.generation_sampling import Drawer, Sampling, StopStrings
 from shared.runtime.generation_sharded import largest, several_processes, sharded, whole_weights
 from shared.runtime.generation_whole import generate_rows
@@ -136,7 +136,7 @@ class InProcessGenerator:
                 numbers; a mixture of models one of which cannot be run so.
             ValueError: the model is in training mode.
         """
-        parts = parts_of(model)
+        parts, suppressed = parts_of(model), self._suppressed.union(unknown_tokens(model))
         if any(part.model.training for part in parts):
             raise ValueError("A model in training mode would drop out units as it generates: call model.eval() first.")
         inner = parts[0].inner
@@ -151,7 +151,7 @@ class InProcessGenerator:
             if all(able):
                 uniforms = _uniforms(rows, sampling, random).to(device)
                 try:
-                    return self._decode(parts, inputs, uniforms, sampling, together)
+                    return self._decode(parts, inputs, uniforms, Drawer(sampling, suppressed), together)
                 except UnknownCache as error:
                     self._give_up(inner, str(error))
             if len(parts) > 1:
@@ -160,7 +160,9 @@ class InProcessGenerator:
                     f"{' and '.join(sorted({type(part.inner).__name__ for part in parts}))} cannot (see the warning)."
                 )
             with parts[0].around():
-                return self._whole_rows(parts[0].model, inner, inputs, group_size, sampling, random, together)
+                return self._whole_rows(
+                    parts[0].model, inner, inputs, group_size, sampling, random, together, suppressed
+                )
 
     @contextlib.contextmanager
     def _weights(self, parts: tuple[Part, ...]) -> Iterator[bool]:
@@ -191,15 +193,15 @@ class InProcessGenerator:
         parts: tuple[Part, ...],
         inputs: dict[str, Any],
         uniforms: Tensor,
-        sampling: Sampling,
+        drawer: Drawer,
         together: bool,
     ) -> Completions:
         device = inputs["input_ids"].device
         decoder = Decoder(
             passes_of(parts),
-            Drawer(sampling, self._suppressed),
+            drawer,
             torch.tensor(self._ends(parts[0].inner), dtype=torch.long, device=device),
-            StopStrings(self._tokenizer, sampling.stop),
+            StopStrings(self._tokenizer, drawer.sampling.stop),
             (lambda on: bool(largest(int(on), device))) if together else bool,
             together,
         )
@@ -273,6 +275,7 @@ class InProcessGenerator:
         sampling: Sampling,
         random: Random,
         together: bool,
+        suppressed: Collection[int],
     ) -> Completions:
         ends, pad = self._ends(inner), self._tokenizer.pad_token_id
         device = inputs["input_ids"].device
@@ -291,7 +294,7 @@ class InProcessGenerator:
                 stops=StopStrings(self._tokenizer, sampling.stop),
                 ends=ends,
                 pad=pad if pad is not None else (ends or [0])[0],
-                suppressed=self._suppressed,
+                suppressed=suppressed,
                 seed=_seed(random),
                 synced=together,
             )
@@ -341,7 +344,8 @@ def _check_length(inner: nn.Module, inputs: dict[str, Any], sampling: Sampling) 
     if limit and prompt + sampling.max_new_tokens > limit:
         raise UserError(
             f"A prompt of {prompt} tokens and {sampling.max_new_tokens} new ones are more than the {limit} positions "
-            "of the model: lower max_prompt_length or max_completion_length, or leave such prompts out."
+            "of the model: lower max_prompt_length and max_completion_length (max_length and max_new_tokens in "
+            "distillation), or leave such prompts out."
         )
 
 

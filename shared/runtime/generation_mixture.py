@@ -42,10 +42,10 @@ class Mixture:
     """Models of one vocabulary whose probabilities are multiplied, `p ∝ Π p_i^w_i`, token by token.
 
     A temperature divides the logits of all: it is as if each part had it. Where the parts have embeddings of unlike
-    numbers of tokens, those that all of them know are written.
+    numbers of tokens, those that all of them know are written, one of weight 0 included.
 
     Args:
-        parts: the models; one of weight 0 is left out. What ends a completion is by the first that was given.
+        parts: the models; one of weight 0 is not run. What ends a completion is by the first that is.
 
     Raises:
         UserError: a weight is negative or no number, or all of them are 0.
@@ -64,6 +64,18 @@ def parts_of(model: nn.Module | Mixture) -> tuple[Part, ...]:
     if isinstance(model, Mixture):
         return tuple(part for part in model.parts if part.weight)
     return (Part(model),)
+
+
+def unknown_tokens(model: nn.Module | Mixture) -> range:
+    """What a mixture could write, and one of its parts, of weight 0, has no embedding for."""
+    if not isinstance(model, Mixture):
+        return range(0)
+    return range(_tokens(model.parts), _tokens(parts_of(model)))
+
+
+def _tokens(parts: tuple[Part, ...]) -> int:
+    # by the configuration: an engine may have cut up the weights
+    return min(part.inner.config.get_text_config().vocab_size for part in parts)
 
 
 def passes_of(parts: tuple[Part, ...]) -> Passes | MixedPasses:

@@ -72,7 +72,7 @@ class DistillationTrainer(OfflineTrainer):
 
     def take_teacher(self, model: nn.Module | None) -> None:
         """Put the teacher where it can be run, frozen; None: the student without its adapter."""
-        known = sorted(each.get_input_embeddings().num_embeddings for each in (self.model, model or self.model))
+        known = sorted(each.config.get_text_config().vocab_size for each in (self.model, model or self.model))
         self.generator = InProcessGenerator(
             self.processing_class,
             suppressed=range(*known),  # what one head is padded with, the other model cannot read

@@ -238,10 +238,10 @@ class OnlinePreferenceTrainer(OnlineTrainer):
             "logps/chosen": pairs.chosen,
             "logps/rejected": pairs.rejected,
         }
-        if len(losses.terms) > 1:
-            values |= {f"loss/{name}": term for name, term in losses.terms.items() if name not in PER_TOKEN}
         for name, value in values.items():
             self.record(name, value.sum(), len(value))
+        for name, term in losses.terms.items() if len(losses.terms) > 1 else ():
+            self.record(f"loss/{name}", term.sum(), pairs.chosen_tokens.sum() if name in PER_TOKEN else len(term))
 
     def _record_own(self, logp: Tensor, ref: Tensor, tokens: Tensor) -> None:
         """How far the policy's own samples are from the reference; the sampled estimates, all `(n,)`."""
@@ -315,11 +315,12 @@ class NashPreferenceTrainer(OnlinePreferenceTrainer):
 
     def loss(self, inputs: MicroBatch, logp: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
         assert inputs.on_policy, "the objective's gradient is right on policy alone"
-        counted, chance = inputs.batch.columns["counted"], inputs.batch.columns[PREFERRED]
-        beta = self.in_this_epoch(self.args.beta)
-        losses = nash_md_losses(logp, ref, mask, chance, beta=beta, credit=self.args.kl_credit)[counted]
-        sums = [values.detach().masked_fill(~mask, 0).sum(1)[counted] for values in (logp, ref)]
-        self._record_own(*sums, mask[counted].sum(1).float())
+        columns, beta = inputs.batch.columns, self.in_this_epoch(self.args.beta)
+        # first of all: of a row that does not count the chance is NaN, and so would be its share of the gradient
+        logp, ref, mask, chance = (each[columns["counted"]] for each in (logp, ref, mask, columns[PREFERRED]))
+        losses = nash_md_losses(logp, ref, mask, chance, beta=beta, credit=self.args.kl_credit)
+        sums = [values.detach().masked_fill(~mask, 0).sum(1) for values in (logp, ref)]
+        self._record_own(*sums, mask.sum(1).float())
         if self._logs_next():
             self._measure_pairs(inputs, *sums, beta)
         return losses.sum() / (self.step_sums["rows"] / 2)

@@ -241,13 +241,16 @@ def test_prompts_of_its_own(monkeypatch):
         ("The better answer is 0.", 0),
         ("1\nbecause it is right", 1),
         ("[1]", 1),
+        ("Answer_1, since 0.5 of the other is wrong", 1),
     ],
 )
 def test_verdicts_in_a_reply(reply, verdict):
     assert verdict_in(reply) == verdict
 
 
-@pytest.mark.parametrize("reply", ["", "10", "Both 0 and 1 are fine.", "0\nor\n1\nis better", "2", "-"])
+@pytest.mark.parametrize(
+    "reply", ["", "10", "Both 0 and 1 are fine.", "0\nor\n1\nis better", "2", "-", "-1", "0.5", "1/10", "1st"]
+)
 def test_replies_without_a_verdict(reply):
     with pytest.raises(JudgeError):
         verdict_in(reply)

@@ -129,10 +129,13 @@ def test_a_reference_that_shares_layers_is_a_part(tokenizer):
 def test_embeddings_of_unlike_numbers(tokenizer):
     model, other = two()
     other.resize_token_embeddings(other.config.vocab_size + 8)
-    with torch.no_grad():
-        other.get_output_embeddings().weight[-8:] = 9.0
-    done = write(Mixture((Part(model, 0.5), Part(other, 0.5))), tokenizer)
-    assert max(int(ids.max()) for ids in done.ids) < model.config.vocab_size
+    alone = build_causal("mamba").eval()  # is run by transformers' generate
+    alone.resize_token_embeddings(model.config.vocab_size + 8)
+    for writer, share in ((other, 0.5), (other, 1.0), (alone, 1.0)):
+        with torch.no_grad():
+            writer.get_output_embeddings().weight[-8:] = 9.0
+        done = write(Mixture((Part(model, 1 - share), Part(writer, share))), tokenizer)
+        assert max(int(ids.max()) for ids in done.ids) < model.config.vocab_size
 
 
 def test_mixtures_that_cannot_be_written(tokenizer):

@@ -241,6 +241,13 @@ def test_a_student_with_an_adapter_can_be_taught_by_itself(build, tiny):
     assert "teacher" not in {name.split(".")[0] for name in trainer.model.state_dict()}
 
 
+def test_a_student_with_an_adapter_on_its_embeddings(build):
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    assert logged(trained(build(trainer={"peft_config": adapter}, lmbda=0.5, max_steps=1)))[0] > 0
+
+
 def test_teachers_in_other_types_stay_as_they_are(build, teacher):
     half = build(teacher_model_init_kwargs={"dtype": "bfloat16"}, lmbda=0.0)
     assert {p.dtype for p in half.teacher.model.parameters()} == {torch.bfloat16}

@@ -105,6 +105,7 @@ def test_supervised_terms_are_means_over_the_better_ones_tokens(model_path, tmp_
         expected = by_hand(trainer, chosen)
     tokens = torch.cat(better)
     assert loss == pytest.approx((expected - 0.5 * tokens.mean()).item(), rel=1e-4)
+    assert trainer._drain_metrics()["loss/sft"] == pytest.approx(-tokens.mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -299,6 +300,13 @@ def test_pairs_that_are_as_good_as_each_other_teach_nothing(model_path, tmp_path
     ((loss, gradients),) = steps(trainer, 1)
     assert loss == 0 and all(not value.any() for value in gradients.values())
     assert trainer._noted["frac_reward_zero_std"] == [1.0] and trainer._noted["frac_rows_trained"] == [0.0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pairs_of_which_nothing_is_known_teach_nothing(name, model_path, tmp_path):
+    trainer = moved(name, model_path, tmp_path, reward=lambda prompts, **_: [None] * len(prompts))
+    ((loss, gradients),) = steps(trainer, 1)
+    assert loss == 0 and gradients and all(value.eq(0).all() for value in gradients.values())
 
 
 def test_a_reward_that_does_not_apply_leaves_its_pair_out(model_path, tmp_path):

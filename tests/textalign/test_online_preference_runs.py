@@ -124,6 +124,8 @@ WRONG = [
     (NAMES, {"reward_model_path": "a/b", "reward_funcs": ["c"]}, "name all rewards in reward_funcs"),
     (NAMES, {"judge": "pair_rm"}, "judge pair_rm: that model is not run here. Give a reward model"),
     (NAMES, {"judge": "acuracy_reward"}, "There is no reward 'acuracy_reward'.*Did you mean accuracy_reward"),
+    (NAMES, {"judge": "adapter:a/b"}, "judge adapter:a/b: an adapter is run on the policy.*Give it as reward_funcs"),
+    (NAMES, {"judge": lambda completions, colour: []}, "takes 'colour', and the rows have no such column"),
     (NAMES, {"judge": 3}, "judge is a int: give an object with a method judge"),
     (NAMES, {"judge": even, "missing_eos_penalty": 1.0}, "missing_eos_penalty: there is a judge"),
     (NAMES, {"judge": even, "reward_weights": [1.0]}, "reward_weights: there is a judge"),
