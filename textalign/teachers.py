@@ -19,6 +19,7 @@ from shared.runtime.models import HUB_OPTIONS, load_config, load_model, load_pro
 from shared.trainers.distillation_options import DistillationOptions
 from shared.trainers.keeping import preserved_randomness
 from shared.trainers.reference_adapter import check_can_be_switched
+from shared.trainers.reference_checks import is_inside
 
 PADDING = 1024  # the most tokens by which heads of one tokenizer are taken to differ, where only sizes are known
 
@@ -56,7 +57,7 @@ class Teacher:
                 "There is no teacher: give teacher_model, or its name as teacher_model_name_or_path. A model with an "
                 "adapter may go without: what it is without its adapter then teaches it."
             )
-        if self.given is student and not isinstance(student, str):
+        if is_inside(self.given, student):
             raise UserError(
                 "teacher_model is the model itself, which training changes. Give its name, so that it is loaded a "
                 "second time; with an adapter leave teacher_model out: the model without it is then the teacher."

@@ -14,6 +14,11 @@ STREAMED = (
 )
 
 
+def is_inside(given: Any, model: nn.Module | str) -> bool:
+    """Whether what is given is the model, or what its adapter is put on, so that training changes it too."""
+    return isinstance(model, nn.Module) and any(each is given for each in model.modules())
+
+
 def check_reference_options(
     model: nn.Module | str,
     ref_model: nn.Module | str | None,
@@ -36,8 +41,8 @@ def check_reference_options(
     Raises:
         UserError: options that exclude each other.
     """
-    if ref_model is not None and ref_model is model and not isinstance(model, str):
-        raise UserError("ref_model is the model itself, which training changes. Leave it out: a frozen copy is made.")
+    if is_inside(ref_model, model):
+        raise UserError("ref_model is the model itself, which training changes. Leave it out: the model as it is at the start is kept.")
     if beforehand and synced:
         raise UserError(
             "The reference is run once, before training, and is to be moved while training (sync_ref_model): these "

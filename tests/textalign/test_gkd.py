@@ -322,13 +322,16 @@ def test_zero3_cannot_hold_a_teacher_in_few_bits(build, monkeypatch):
 
 
 def test_arguments_that_cannot_be_followed(build, tiny):
+    from peft import LoraConfig, PeftModel
+
     with pytest.raises(UserError, match="There is no teacher"):
         build(teacher_model=None)
     with pytest.raises(UserError, match="teacher_model is a int"):
         build(teacher_model=3)
     model = AutoModelForCausalLM.from_pretrained(tiny("lm"))
-    with pytest.raises(UserError, match="teacher_model is the model itself"):
-        build(model=model, teacher_model=model)
+    for student in (model, PeftModel(model, LoraConfig(r=2, target_modules="all-linear"))):
+        with pytest.raises(UserError, match="teacher_model is the model itself"):
+            build(model=student, teacher_model=model)
     with pytest.raises(UserError, match="teacher_load_in_8bit cannot be followed: the teacher is loaded"):
         build(teacher_model=model, teacher_load_in_8bit=True)
     with pytest.raises(UserError, match="prompts without completions, and with lmbda 0.5"):

@@ -334,6 +334,13 @@ def wider():
     return LlamaForCausalLM(LlamaConfig(**{**SMALL, "hidden_size": 32}))
 
 
+def test_what_is_trained_is_no_reference(accelerator):
+    base = made()
+    for model in (base, adapted(base)):
+        with pytest.raises(UserError, match="ref_model is the model itself, which training changes. Leave it out"):
+            make_reference(model, base, accelerator=accelerator, policy=TokenPolicy(model))
+
+
 @pytest.mark.parametrize(
     ("given", "ref_model", "options", "words"),
     [
