@@ -42,7 +42,10 @@ def check_reference_options(
         UserError: options that exclude each other.
     """
     if is_inside(ref_model, model):
-        raise UserError("ref_model is the model itself, which training changes. Leave it out: the model as it is at the start is kept.")
+        raise UserError(
+            "ref_model is the model itself, which training changes. Leave it out: the model as it is at the start is "
+            "kept."
+        )
     if beforehand and synced:
         raise UserError(
             "The reference is run once, before training, and is to be moved while training (sync_ref_model): these "
