@@ -174,6 +174,7 @@ def test_what_is_saved_is_the_policy_and_beside_it_the_critic(kind, model_path, 
         file = "adapter_model" if kind == "adapter" else "model"
         assert not [key for key in load_file(tmp_path / name / f"{file}.safetensors") if "critic" in key]
     assert not any(path.is_dir() for path in (tmp_path / "model").iterdir()), "no second adapter is written"
+    caplog.clear()  # of what was said while training
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
