@@ -158,6 +158,15 @@ def adapter(models: Path, folder: Path) -> dict:
     return compared("GRPO", models, folder, beta=0.1, num_iterations=2, peft=lora)
 
 
+def judged(models: Path, folder: Path) -> dict:
+    """The reward model is an adapter on the policy's base, which an engine may have cut up."""
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    reward = f"adapter:{models / 'judge'}"
+    return compared("GRPO", models, folder, reward=reward, beta=0.1, num_iterations=2, peft=lora)
+
+
 def vision(models: Path, folder: Path, imageless: int = 0) -> dict:
     """Prompts with one and two images; every so many-th without."""
     from PIL import Image
@@ -277,7 +286,7 @@ def ppo_resumed(models: Path, folder: Path) -> dict:
 TASKS = {
     "ppo_resumed": ppo_resumed, "ppo": ppo, "ppo_adapter": ppo_adapter, "ppo_steps": ppo_steps,
     "grpo": grpo, "rloo": rloo, "bonus": bonus, "idle": idle, "split": split, "adapter": adapter, "vision": vision,
-    "mixed": mixed, "learns": learns, "dynamic": dynamic, "resumed": resumed,
+    "mixed": mixed, "judged": judged, "learns": learns, "dynamic": dynamic, "resumed": resumed,
 }  # fmt: skip
 
 

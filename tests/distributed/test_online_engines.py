@@ -9,13 +9,15 @@ from launching import PYTHON, profile, run
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("online_worker.py")
-COMPARED = ["grpo", "rloo", "bonus", "idle", "split", "adapter", "vision", "mixed", "ppo", "ppo_adapter"]
+COMPARED = ["grpo", "rloo", "bonus", "idle", "split", "adapter", "vision", "mixed", "ppo", "ppo_adapter", "judged"]
 ENGINES = {
     "multi_cpu": [*COMPARED, "ppo_steps", "learns", "dynamic", "resumed"],
     "zero2": ["grpo", "vision", "learns", "ppo_adapter"],
-    "zero3": ["grpo", "rloo", "split", "vision", "ppo", "learns", "dynamic", "resumed", "ppo_resumed"],
-    "fsdp2": ["grpo", "rloo", "bonus", "adapter", "vision", "ppo", "learns", "dynamic", "resumed", "ppo_resumed"],
-}
+    "zero3": ["grpo", "rloo", "split", "judged", "vision", "ppo", "learns", "dynamic", "resumed", "ppo_resumed"],
+    "fsdp2": [
+        "grpo", "rloo", "bonus", "adapter", "judged", "vision", "ppo", "learns", "dynamic", "resumed", "ppo_resumed",
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,22 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     build_lm(folder / "lm")
     build_vlm("llava", folder / "llava")
+    build_judge(folder / "lm", folder / "judge")
     return folder
+
+
+def build_judge(base, folder):
+    """A reward model as an adapter, as RewardTrainer saves it; nobody has trained it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    torch.nn.init.normal_(model.score.weight)
+    options = {"task_type": "SEQ_CLS", "modules_to_save": ["score"], "init_lora_weights": False}
+    get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], **options)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
 def launched(folder, launch, models, tasks):
