@@ -90,6 +90,7 @@ class PPOTrainer(StepByStep, RewardedText, ActorCriticTrainer):
         args = self.config_class.of(args)
         source = args.reward_model_path if reward_model is None else reward_model
         self._choose_critic(model, args, value_model, source, peft_config)
+        self._scoring = [source, *(reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs])]
         tokenizer, train, held_out = self.given_rows(model, args, processing_class, train_dataset, eval_dataset)
         if reward_model is None and reward_funcs is not None:  # in the place of the options, which have it among them
             reward_model = args.reward_model_path
@@ -146,7 +147,8 @@ class PPOTrainer(StepByStep, RewardedText, ActorCriticTrainer):
             self._critic_folder = None
         if kind == "adapter":
             check_adapter_critic(model, peft_config)
-            if args.gradient_checkpointing:
+            parts = model.modules() if isinstance(model, nn.Module) else ()
+            if args.gradient_checkpointing or any(getattr(part, "gradient_checkpointing", False) for part in parts):
                 raise UserError(
                     "value_model adapter: layers that are run again in the backward pass would run with the policy's "
                     "adapter. Leave activation checkpointing out, or give value_model shared or separate."
@@ -156,7 +158,7 @@ class PPOTrainer(StepByStep, RewardedText, ActorCriticTrainer):
             check_scorer(named, "SEQ_CLS", 1, **(hub_options(args) if named is model else {}))
             if isinstance(named, nn.Module):
                 SeparateCritic(named)
-        self.critic_kind, self._critic_source, self._reward_given = kind, named, reward_model
+        self.critic_kind, self._critic_source = kind, named
 
     def make_critic(self) -> nn.Module:
         if self.critic_kind == "shared":
@@ -171,7 +173,7 @@ class PPOTrainer(StepByStep, RewardedText, ActorCriticTrainer):
         """What a separate critic is, or begins as."""
         source = self._critic_source
         if isinstance(source, nn.Module):
-            return copy.deepcopy(source) if source is self._reward_given else source
+            return copy.deepcopy(source) if any(source is each for each in self._scoring) else source
         if self._critic_folder is not None and (config := critic_said(self._critic_folder).get("config")):
             return saved_critic(config)
         if source is None and (self.loaded_from is None or not hasattr(self.model, "peft_config")):
@@ -180,6 +182,7 @@ class PPOTrainer(StepByStep, RewardedText, ActorCriticTrainer):
         with preserved_randomness(), new_head_expected(self.args.seed):
             set_seed(self.args.seed)
             name = source or self.loaded_from
+            init |= hub_options(self.args) if name == self.loaded_from else {}
             return load_model(name, head="sequence-classification", num_labels=1, seed=self.args.seed, **init)
 
     def critic_attached(self) -> None:
@@ -194,4 +197,5 @@ def _is_model(reward: Any) -> bool:
     """Whether a reward is a model, or the name of one alone, that a critic can begin as."""
     if isinstance(reward, nn.Module):
         return True
-    return isinstance(reward, str) and (is_builtin(reward) or ("/" in reward and ":" not in reward))
+    named = isinstance(reward, str) and ":" not in reward
+    return named and (is_builtin(reward) or "/" in reward or Path(reward).is_dir())

@@ -15,6 +15,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from numbers import Real
 from typing import Any
 
 import torch
@@ -196,7 +197,8 @@ class StepByStep:
         self._ready()
         for name, value in self.finish_round(rollout).items():
             self._noted[name].append(value)
-        parts = cut(rollout.lengths, self.unit, self.args.per_device_train_batch_size, self.args.steps_per_generation)
+        window = self.args.gradient_accumulation_steps
+        parts = cut(rollout.lengths, self.unit, self.args.per_device_train_batch_size, window)
         self.buffer = Buffer(rollout, parts, self.args.num_iterations, born=self.state.global_step)
         micro_batches = iter(self._micro_batches, None)
         loss, steps = 0.0, 0
@@ -258,6 +260,8 @@ class StepByStep:
         for name, given in (("queries", queries), ("responses", responses)):
             if not isinstance(given, (list, tuple)):
                 raise UserError(f"{name} is a {type(given).__name__}: give a list of tensors.")
+        if not hasattr(scores, "__len__") or isinstance(scores, Tensor) and not scores.dim():
+            raise UserError("scores is one number: give a list, one number for each answer.")
         counts = {"queries": len(queries), "responses": len(responses), "scores": len(scores)}
         counts |= {} if masks is None else {"response_masks": len(masks)}
         if set(counts.values()) != {self.local_rows}:
@@ -269,7 +273,8 @@ class StepByStep:
             )
         queries, responses = self._tokens("queries", queries), self._tokens("responses", responses)
         own = self.model.generation_config.eos_token_id
-        ends = torch.tensor([self.run.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])])
+        known = [self.run.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+        ends = torch.tensor([each for each in known if each is not None], dtype=torch.long)
         texts = [self.run.tokenizer.batch_decode(each, skip_special_tokens=True) for each in (queries, responses)]
         samples = [
             Sample(*pair, {"completion_ids": ids.tolist()}) for *pair, ids in zip(*texts, responses, strict=True)
@@ -297,7 +302,7 @@ def _scores(given: Any) -> Tensor:
     found = []
     for at, each in enumerate(given):
         value = each.detach().float().cpu() if isinstance(each, Tensor) else each
-        if isinstance(value, Tensor) and value.numel() != 1 or not isinstance(value, Tensor | int | float):
+        if isinstance(value, Tensor) and value.numel() != 1 or not isinstance(value, Tensor | Real):
             said = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise UserError(f"scores[{at}] is {said}: give one number for each answer.")
         found.append(float(value))

@@ -143,6 +143,8 @@ def detach_critic(model: nn.Module) -> None:
     inner = inner_model(model)
     if critic_of(model) is not None:
         delattr(inner, CRITIC)
+    if CRITIC in getattr(model, "peft_config", {}):
+        model.delete_adapter(CRITIC)
 
 
 def _not_missing(module: nn.Module, keys: Any) -> None:

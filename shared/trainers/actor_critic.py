@@ -108,7 +108,7 @@ class ActorCriticTrainer(PolicyGradientTrainer):
         sums = torch.stack([moment_sums(each, mask) for each in (returns - values, returns, advantages)])
         errors, returned, gained = self._everyones(sums)
         figures["value/explained_variance"] = explained_variance(errors, returned)
-        rollout.advantages = advantages.sum(1) / mask.sum(1)  # of whole samples, for people
+        rollout.advantages = advantages.sum(1) / mask.sum(1).clamp(min=1)  # of whole samples, for people
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, gained)
         for name, found in (("returns", returns), ("advantages", advantages)):
@@ -191,7 +191,7 @@ class ActorCriticTrainer(PolicyGradientTrainer):
         figures |= {"objective/scores": scored / rows, "objective/rlhf_reward": (scored + other) / rows}
         if self.args.beta:
             figures |= {
-                "kl": kl / actions,
+                "kl": kl / max(actions, 1.0),
                 "objective/kl": kl / rows,
                 "objective/kl_coef": self.kl_control.coefficient,
                 "objective/non_score_reward": other / rows,

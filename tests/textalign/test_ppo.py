@@ -8,6 +8,7 @@ import torch
 from test_online_resume import resumed_is_whole
 from tiny_online import Recorded, history, make, perturb, questions, same, steps
 
+from shared.errors import UserError
 from shared.policies.critic import critic_of
 from shared.trainers.critics import critic_tensors
 from shared.trainers.rollout import Rollout
@@ -243,3 +244,39 @@ def test_the_critic_has_a_learning_rate_of_its_own(model_path, tmp_path):
     trainer.train()
     assert all(torch.equal(before[name], p) for name, p in critic_tensors(trainer.model).items())
     assert not torch.equal(policy, trainer.model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_model_with_a_critic_s_adapter_is_trained_again(model_path, tmp_path):
+    """By a new adapter, or by a critic of another kind, which leaves nothing of the first behind."""
+    model = ppo(model_path, tmp_path / "a", "adapter").model
+    again = ppo(model_path, tmp_path / "b", "adapter", model=model, peft_config=None, max_steps=1)
+    again.train()
+    assert all(each.requires_grad for each in critic_tensors(again.model).values())
+    other = ppo(model_path, tmp_path / "c", "shared", model=model, max_steps=1)
+    assert "critic" not in other.model.peft_config
+    assert any("lora" in name for name, each in other.model.named_parameters() if each.requires_grad)
+    other.train()
+
+
+def test_answers_that_are_all_empty_teach_nothing(model_path, tmp_path):
+    class Silent(Recorded):
+        def generate(self, *args, **kwargs):
+            done = super().generate(*args, **kwargs)
+            done.ids = [ids[:0] for ids in done.ids]
+            return done
+
+    trainer = ppo(
+        model_path, tmp_path, reward=lambda completions, **_: [1.0] * len(completions), max_steps=1,
+    )  # fmt: skip
+    trainer.actor.engine = Silent()
+    trainer.train()
+    assert history(trainer, "loss") == [0.0]
+
+
+def test_checkpointing_that_was_switched_on_before_goes_with_no_adapter_critic(model_path, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(UserError, match="value_model adapter: layers that are run again"):
+        ppo(model_path, tmp_path, "adapter", model=model)

@@ -80,6 +80,18 @@ def test_a_critic_begins_as_the_reward_model_or_as_the_policy(model_path, tmp_pa
     assert PPOConfig(**rewards.chosen()).reward_funcs == ["accuracy_reward", folder]
 
 
+def test_a_reward_in_a_folder_beside_is_a_model_and_never_trained(model_path, tmp_path, monkeypatch):
+    judge, folder = scorer(tmp_path, model_path)
+    monkeypatch.chdir(Path(folder).parent)
+    args = PPOConfig(output_dir="a", per_device_train_batch_size=2, max_completion_length=2, reward_funcs=[])
+    named = PPOTrainer(model_path, None, args, train_dataset=questions(2), reward_model=Path(folder).name)
+    assert named.critic_kind == "separate"
+    args = PPOConfig(output_dir="b", per_device_train_batch_size=2, max_completion_length=2)
+    both = PPOTrainer(model_path, [judge], args, train_dataset=questions(2), value_model=judge,
+                      reward_processing_classes=[named.run.tokenizer])  # fmt: skip
+    assert critic_of(both.model).model is not judge
+
+
 @pytest.mark.parametrize(
     ("given", "options"),
     [

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracles.weights import fill
@@ -100,6 +101,8 @@ def test_tokens_that_are_masked_are_as_good_as_absent(mini_batch, tmp_path):
         ({"responses": [*RESPONSES[:3], torch.zeros(2)]}, r"responses\[3\] is a tensor \[2\]"),
         ({"responses": [*RESPONSES[:3], torch.zeros(0, dtype=torch.long)]}, r"responses\[3\] is a tensor \[0\]"),
         ({"scores": [1.0, 2.0, torch.zeros(2), 1.0]}, r"scores\[2\] is a tensor \[2\]: give one number"),
+        ({"scores": 1.0}, r"scores is one number: give a list"),
+        ({"scores": torch.tensor(1.0)}, r"scores is one number: give a list"),
         ({"scores": [1.0, 2.0, "good", 1.0]}, r"scores\[2\] is a str"),
         ({"scores": [1.0, float("inf"), 0.0, 1.0]}, r"scores\[1\] is inf"),
         ({"response_masks": [torch.ones(1)] * 4}, r"response_masks\[0\] is \[1\]: give a tensor \[4\]"),
@@ -179,3 +182,16 @@ def test_a_loop_over_the_prompts_learns(tiny, tmp_path):
     assert logged["env/reward_mean"] == pytest.approx(means[-1]) and logged["step"] == trainer.state.global_step
     assert sum(means[-4:]) / 4 > sum(means[:4]) / 4 + 0.1
     assert sum(errors[-4:]) < sum(errors[:4])
+
+
+def test_steps_of_a_round_are_not_sorted_by_length(tmp_path, monkeypatch):
+    """Each optimizer step has the rows that were handed over in its place; and a model need not name its ending."""
+    trainer = recorded(tmp_path, mini_batch=2)
+    trainer.model.generation_config.eos_token_id = None
+    seen, plain = [], trainer.micro_batch
+    monkeypatch.setattr(trainer, "micro_batch", lambda buffer, rows: seen.append(rows) or plain(buffer, rows))
+    trainer.args.gradient_accumulation_steps = 1
+    long_first = sorted(RESPONSES, key=len, reverse=True)
+    assert len(long_first[0]) > len(long_first[-1])
+    trainer.step(QUERIES, long_first, np.ones(4, dtype=np.float32))
+    assert [sorted(rows) for rows in seen] == [[0, 1], [2, 3]] * 2
