@@ -280,13 +280,15 @@ def _reference_model(
             )
     if load_in_8bit:
         source = ref_model if ref_model is not None else name
-        return _in_8_bits(model if source is None or _drawn(source) else source, load)
+        if _is_builtin(source):  # which transformers does not load, and so not quantise
+            source = model if ref_model is None else load(ref_model)
+        return _in_8_bits(model if source is None else source, load)
     if ref_model is None:
         return create_reference_model(model, num_shared_layers)
     return load(ref_model) if isinstance(ref_model, str) else ref_model
 
 
-def _drawn(source: nn.Module | str) -> bool:
+def _is_builtin(source: nn.Module | str | None) -> bool:
     return isinstance(source, str) and is_builtin(source)
 
 

@@ -267,6 +267,28 @@ def test_a_reference_in_8_bits(accelerator, tmp_path):
         assert 0 < apart < 0.05
 
 
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_a_built_in_reference_in_8_bits_is_that_model(accelerator):
+    """And not the policy, though transformers can load and quantise neither by such a name."""
+    other = made()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+
+    def load(name, quantization_config=None):
+        if name.startswith("builtin/"):
+            return other
+        return LlamaForCausalLM.from_pretrained(
+            name, quantization_config=quantization_config, device_map={"": "cpu"}, dtype=torch.float32
+        )
+
+    model = made()
+    reference, _ = reference_of(model, accelerator, "builtin/lm-small", load=load, load_in_8bit=True)
+    held = {p.dtype for p in reference.model.model.layers.parameters()}
+    found, away = reference.log_probs(model, pairs()), (log_probs(other) - log_probs(model)).abs().max()
+    assert torch.int8 in held and (found - log_probs(other)).abs().max() < away / 4
+
+
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
 def test_a_reference_that_follows(accelerator, tmp_path, kind):
     def start():
