@@ -2,6 +2,7 @@
 
 import numpy as np
 import yaml
+from written import content
 
 from shared import builtin
 from shared.builtin import make_vlms
@@ -31,7 +32,7 @@ def test_make_writes_the_files_that_are_in_the_repository(tmp_path):
     committed = builtin.model_path(NAME)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in committed.iterdir()}
     for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
-        assert (tmp_path / name).read_text() == (committed / name).read_text(), name
+        assert content(tmp_path / name) == content(committed / name), name
 
 
 def test_the_words_of_the_questions_are_short_and_the_longest_answer_fits_the_recipe():

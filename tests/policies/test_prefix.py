@@ -301,7 +301,7 @@ def test_memory_that_runs_out_in_the_check_is_no_verdict():
 def test_processes_of_a_sharded_model_decide_alike(monkeypatch, others_save, other_disagrees, shared):
     model, batch = build_causal("qwen2"), batch_of(group=4)
     answers = iter([others_save, other_disagrees])
-    monkeypatch.setattr(prefix, "_sharded", lambda model: True)
+    monkeypatch.setattr(prefix, "is_sharded", lambda model: True)
     monkeypatch.setattr(prefix, "_sum", lambda value, batch: value + next(answers))
     sharing = PrefixSharing(model, model.model)
     assert sharing.applies(model, batch, lambda batch, shared: (torch.zeros(3), False)) is shared
