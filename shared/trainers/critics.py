@@ -28,6 +28,7 @@ from shared.trainers.reference_adapter import (
     adapter_tensors,
     add_frozen_adapter,
     check_can_be_switched,
+    gathered,
     trained_adapter,
 )
 from shared.trainers.tensor_files import read_tensors, write_tensors
@@ -164,8 +165,17 @@ def critic_like(model: nn.Module) -> nn.Module:
         )
     made = saved_critic(config)
     body, own = (getattr(each, each.base_model_prefix) for each in (model, made))
-    own.load_state_dict(body.state_dict())
+    _copy(dict(body.named_parameters()), dict(own.named_parameters()))
+    _copy(dict(body.named_buffers()), dict(own.named_buffers()))
     return made
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    """All of them by name, also where ZeRO-3 has cut them up."""
+    for name, tensor in target.items():
+        with gathered(source[name]), gathered(tensor, write=True):
+            tensor.copy_(source[name])
 
 
 def saved_critic(config: Any) -> nn.Module:
@@ -179,8 +189,8 @@ def saved_critic(config: Any) -> nn.Module:
     with preserved_randomness():
         made = AutoModelForSequenceClassification.from_config(config)
     head = head_of(made)
-    with torch.no_grad():
-        for parameter in head.parameters():
+    for parameter in head.parameters():
+        with torch.no_grad(), gathered(parameter, write=True):
             parameter.zero_()
     return made
 
