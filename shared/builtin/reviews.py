@@ -240,5 +240,14 @@ def review_reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) 
     return [score(prompt, completion) for prompt, completion in texts]
 
 
+def positive_reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+    """1 for a review that `score` finds positive, else 0: its mean is their share.
+
+    Args:
+        prompts, completions: as of review_reward.
+    """
+    return [float(value > 0) for value in review_reward(prompts, completions)]
+
+
 def _said(text: Any) -> str:
     return text if isinstance(text, str) else text[-1]["content"]

@@ -207,3 +207,12 @@ def test_the_judge_reads_a_rendered_chat_as_well():
 def test_degenerate_answers_score_below_the_plainest_positive_review(degenerate):
     plainest = f"{FILM} is a solid film. The pace is never dull."
     assert reviews.score(PROMPT, degenerate) < reviews.score(PROMPT, plainest) < 0.5
+
+
+def test_the_share_of_positive_reviews_is_the_mean_of_a_reward():
+    prompt = reviews.PROMPT.format(film="The Silent Harbour")
+    good, bad = (reviews.write("The Silent Harbour", each, 2, random.Random(0)) for each in (True, False))
+    assert reviews.positive_reward(prompts=[prompt] * 2, completions=[good, bad]) == [1.0, 0.0]
+    chats = [[{"role": "assistant", "content": text}] for text in (bad, good)]
+    asked = [[{"role": "user", "content": prompt}]] * 2
+    assert reviews.positive_reward(prompts=asked, completions=chats) == [0.0, 1.0]
